@@ -1,0 +1,24 @@
+"""What one layer of a cache looks like to attention: pages by reference, sinks and window as they are."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer's KV of B sequences.
+
+    ``pool [num_blocks, G, P] uint8``; ``page_table [B, max_pages] int32`` block ids, entries past ``num_pages`` are
+    ignored; ``num_pages [B] int32``; ``exact_k exact_v [slots, G, num_sinks + max_window, D]`` float16, bfloat16 or
+    float32: sinks, then window, contiguous; ``exact_len [B] int32`` tokens stored there; ``slots [B] int32`` row of
+    ``exact_k`` that belongs to each sequence. All on the CPU and contiguous.
+    """
+
+    pool: Tensor
+    page_table: Tensor
+    num_pages: Tensor
+    exact_k: Tensor
+    exact_v: Tensor
+    exact_len: Tensor
+    slots: Tensor
