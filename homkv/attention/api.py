@@ -1,0 +1,71 @@
+"""Encode and attend with an explicit implementation. Validates; never falls back in silence."""
+
+import torch
+from torch import Tensor
+
+from homkv.attention import cpu, reference
+from homkv.attention.view import LayerView
+from homkv.errors import DTypeError, ShapeError, UnsupportedError
+from homkv.formats.base import PageCodec
+from homkv.formats.rows import RowsCodec
+
+
+def resolve_impl(codec: PageCodec, impl: str | None) -> str:
+    """Name of the implementation to use; None means the format's first.
+
+    Raises UnsupportedError if the format has no such implementation or its native library is not built.
+    """
+    chosen = impl or codec.impls[0]
+    if chosen not in codec.impls:
+        raise UnsupportedError(
+            f"expected impl in {codec.impls} for {codec.name}, found {chosen!r}; choose one of these or another format"
+        )
+    if chosen == "cpu":
+        cpu.require()
+    return chosen
+
+
+def encode(codec: PageCodec, k: Tensor, v: Tensor, first_position: int = 0, *, impl: str | None = None) -> Tensor:
+    """Quantize and pack whole pages: ``k v [G, N * page_tokens, D]`` to ``[N, G, P] uint8``.
+
+    ``first_position``: absolute position of the first token (keys stochastic rounding). All implementations
+    give the same bytes. Raises ShapeError, FormatError (values that the format cannot hold).
+    """
+    codec.check_tokens(k, v)
+    if resolve_impl(codec, impl) == "cpu":
+        assert isinstance(codec, RowsCodec)  # the only codec that lists "cpu"
+        return cpu.encode(k, v, codec.layout, codec.order)
+    return codec.encode(k, v, first_position).transpose(0, 1).contiguous()
+
+
+def attend(
+    q: Tensor, view: LayerView, codec: PageCodec, softmax_scale: float, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``q [B, H, T, D]`` over all tokens of the view, computed on the pages' codes.
+
+    Returns ``o [B, H, T, D] float32`` and ``lse [B, H, T] float32`` (natural log; -inf where nothing is stored).
+    ``impl``: "cpu" (C++), "reference" (torch); None takes the format's first. Threads: torch.get_num_threads().
+    Raises ShapeError, DTypeError, UnsupportedError.
+    """
+    check_query(q, view, codec)
+    if resolve_impl(codec, impl) == "cpu":
+        assert isinstance(codec, RowsCodec)
+        return cpu.attend(q, view, codec.layout, codec.order, softmax_scale)
+    return reference.attend(q, view, codec, softmax_scale)
+
+
+def check_query(q: Tensor, view: LayerView, codec: PageCodec) -> None:
+    """Raise ShapeError or DTypeError unless q fits the view."""
+    batch, groups = view.slots.shape[0], view.pool.shape[1]
+    if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % groups or q.shape[3] != codec.head_dim:
+        raise ShapeError(
+            f"expected q [B={batch}, H multiple of {groups}, T, D={codec.head_dim}], found {tuple(q.shape)}; "
+            "transpose it to [B, H, T, D]"
+        )
+    if not q.is_floating_point() or q.device.type != "cpu":
+        raise DTypeError(f"expected a floating point q on the CPU, found {q.dtype} on {q.device}; move or cast it")
+    if view.pool.dtype != torch.uint8 or view.pool.shape[-1] != codec.page_bytes:
+        raise ShapeError(
+            f"expected a pool of uint8 pages of {codec.page_bytes} bytes ({codec.name}), found {view.pool.dtype} "
+            f"{tuple(view.pool.shape)}; was the cache built for another format?"
+        )

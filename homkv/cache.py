@@ -1,0 +1,341 @@
+"""Many sequences of unequal length: ``sinks | pages | window`` of every layer, in one pool of pages.
+
+Prefill appends whole prompts, decode appends token by token, the wire loads what another instance
+encoded; all three leave the same bytes. A page is written once, when ``page_tokens`` tokens have left the
+window, and never again; so sequences can share pages by reference.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from homkv.attention import api
+from homkv.attention.prefill import causal, causal_partial
+from homkv.attention.reference import merge_partials
+from homkv.attention.view import LayerView
+from homkv.blocks import BlockPool
+from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError
+from homkv.formats.base import PageCodec
+
+
+@dataclass
+class _Sequence:
+    slot: int
+    blocks: list[int] = field(default_factory=list)  # at least as many as the longest layer has pages
+
+
+@dataclass(frozen=True)
+class LayerContent:
+    """One layer of one sequence, ready for the wire.
+
+    ``pages [N, G, P] uint8``; ``exact_k exact_v [G, E, D]``: sinks, then window; ``num_tokens = N * page_tokens + E``.
+    """
+
+    num_tokens: int
+    pages: Tensor
+    exact_k: Tensor
+    exact_v: Tensor
+
+
+class PagedCache:
+    """Compressed KV of up to ``max_sequences`` sequences.
+
+    ``num_blocks``: pages per layer and kv head, shared by all sequences. ``exact_dtype``: of sinks and window.
+    ``impl``: who encodes and attends; None takes the format's first (see homkv.attention.api).
+    """
+
+    def __init__(
+        self,
+        codec: PageCodec,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        num_blocks: int,
+        max_sequences: int = 1,
+        exact_dtype: torch.dtype = torch.float16,
+        impl: str | None = None,
+    ) -> None:
+        self.codec, self.exact_dtype, self.impl = codec, exact_dtype, api.resolve_impl(codec, impl)
+        self.num_layers, self.num_kv_heads, self.max_sequences = num_layers, num_kv_heads, max_sequences
+        page_shape = (max(num_blocks, 1), num_kv_heads, codec.page_bytes)
+        self._pools = [torch.empty(page_shape, dtype=torch.uint8) for _ in range(num_layers)]
+        exact_shape = (max_sequences, num_kv_heads, codec.num_sinks + codec.max_window, codec.head_dim)
+        self._exact_k = [torch.empty(exact_shape, dtype=exact_dtype) for _ in range(num_layers)]
+        self._exact_v = [torch.empty(exact_shape, dtype=exact_dtype) for _ in range(num_layers)]
+        self._page_table = torch.zeros(max_sequences, max(num_blocks, 1), dtype=torch.int32)
+        self._num_pages = torch.zeros(num_layers, max_sequences, dtype=torch.int32)
+        self._exact_len = torch.zeros(num_layers, max_sequences, dtype=torch.int32)
+        self._digests: dict[tuple[int, int], int] = {}
+        self._blocks = BlockPool(num_blocks)
+        self._sequences: dict[int, _Sequence] = {}
+        self._free_slots = list(range(max_sequences - 1, -1, -1))
+        self._next_id = 0
+
+    # -- sequences ---------------------------------------------------------------------------------------------
+
+    def new_sequence(self, num_tokens: int = 0) -> int:
+        """Open an empty sequence with room reserved for ``num_tokens``; returns its id, which is never reused.
+
+        Raises CapacityError if no slot or not enough blocks are free; nothing changes then.
+        """
+        if not self._free_slots:
+            raise CapacityError(
+                f"expected a free sequence slot, found all {self.max_sequences} taken; free a sequence first"
+            )
+        blocks = self._blocks.allocate(self.codec.num_pages(num_tokens))
+        sequence = _Sequence(self._free_slots.pop())
+        self._hold(sequence, blocks)
+        self._num_pages[:, sequence.slot] = 0
+        self._exact_len[:, sequence.slot] = 0
+        self._next_id += 1
+        self._sequences[self._next_id] = sequence
+        return self._next_id
+
+    def fork(self, seq_id: int) -> int:
+        """Open a copy that shares all pages with ``seq_id`` and continues on its own.
+
+        Raises CapacityError if no slot is free, HomkvError in the middle of a forward pass (unequal layers).
+        """
+        source = self._sequence(seq_id)
+        pages = self._num_pages[:, source.slot]
+        if len(set(pages.tolist())) > 1 or len(set(self._exact_len[:, source.slot].tolist())) > 1:
+            raise HomkvError("expected all layers at the same length, found a forward pass in progress; fork after it")
+        new_id = self.new_sequence()
+        copy = self._sequence(new_id)
+        shared = source.blocks[: int(pages[0]) if self.num_layers else 0]
+        self._blocks.share(shared)
+        self._hold(copy, shared)
+        self._num_pages[:, copy.slot] = pages
+        self._exact_len[:, copy.slot] = self._exact_len[:, source.slot]
+        for buffers in (self._exact_k, self._exact_v):
+            for buffer in buffers:
+                buffer[copy.slot] = buffer[source.slot]
+        return new_id
+
+    def free(self, seq_id: int) -> None:
+        """Give back the sequence's slot and its references to pages. Raises HomkvError if it was freed before."""
+        sequence = self._sequence(seq_id)
+        del self._sequences[seq_id]
+        self._blocks.release(sequence.blocks)
+        self._free_slots.append(sequence.slot)
+
+    def num_tokens(self, seq_id: int, layer: int = 0) -> int:
+        """Tokens stored in one layer of a sequence."""
+        slot = self._sequence(seq_id).slot
+        return int(self._num_pages[layer, slot]) * self.codec.page_tokens + int(self._exact_len[layer, slot])
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds or has reserved."""
+        return self._blocks.num_free
+
+    def kv_bytes(self, seq_id: int) -> int:
+        """Bytes this sequence occupies in all layers: pages, sinks and window."""
+        n = [self.num_tokens(seq_id, layer) for layer in range(self.num_layers)]
+        width = self.exact_dtype.itemsize
+        return self.num_kv_heads * sum(self.codec.kv_bytes(tokens, width) for tokens in n)
+
+    def _sequence(self, seq_id: int) -> _Sequence:
+        if seq_id not in self._sequences:
+            raise HomkvError(f"expected a live sequence id, found {seq_id}; it was freed or never opened")
+        return self._sequences[seq_id]
+
+    def _hold(self, sequence: _Sequence, blocks: list[int]) -> None:
+        at = len(sequence.blocks)
+        self._page_table[sequence.slot, at : at + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        sequence.blocks = sequence.blocks + blocks
+
+    def _reserve(self, growth: list[tuple[_Sequence, int]]) -> None:
+        """Give each sequence as many blocks as stated, or raise CapacityError before any changes."""
+        missing = [(s, pages - len(s.blocks)) for s, pages in growth if pages > len(s.blocks)]
+        self._blocks.require(sum(count for _, count in missing))
+        for sequence, count in missing:
+            self._hold(sequence, self._blocks.allocate(count))
+
+    # -- tokens ------------------------------------------------------------------------------------------------
+
+    def append(self, layer: int, seq_id: int, k: Tensor, v: Tensor) -> None:
+        """Store tokens ``k v [G, T, D]`` behind what the layer holds, sealing pages that are due.
+
+        Token by token or in one go: the same bytes. Raises ShapeError, FormatError or CapacityError; nothing
+        is stored then.
+        """
+        sequence = self._sequence(seq_id)
+        k, v = self._exact(k, "keys"), self._exact(v, "values")
+        slot, codec = sequence.slot, self.codec
+        held, pages = int(self._exact_len[layer, slot]), int(self._num_pages[layer, slot])
+        total = pages * codec.page_tokens + held + k.shape[1]
+        new_pages = codec.num_pages(total) - pages
+        self._reserve([(sequence, pages + new_pages)])
+        k = torch.cat((self._exact_k[layer][slot, :, :held], k), 1)
+        v = torch.cat((self._exact_v[layer][slot, :, :held], v), 1)
+        sinks, position = codec.num_sinks, codec.num_sinks + pages * codec.page_tokens
+        sealed = new_pages * codec.page_tokens
+        encoded = None
+        if new_pages:
+            body = slice(sinks, sinks + sealed)
+            encoded = api.encode(codec, k[:, body].contiguous(), v[:, body].contiguous(), position, impl=self.impl)
+            k, v = (torch.cat((x[:, :sinks], x[:, sinks + sealed :]), 1) for x in (k, v))
+        v = torch.cat((v[:, :sinks], codec.requantize_window(v[:, sinks:], position + sealed).to(v.dtype)), 1)
+        self._commit(layer, sequence, pages, encoded, k, v)
+
+    def _commit(
+        self, layer: int, sequence: _Sequence, first_page: int, encoded: Tensor | None, k: Tensor, v: Tensor
+    ) -> None:
+        if encoded is not None:
+            blocks = sequence.blocks[first_page : first_page + encoded.shape[0]]
+            self._pools[layer][torch.tensor(blocks)] = encoded
+            for block in blocks:
+                self._digests[layer, block] = self._digest(layer, block)
+            self._num_pages[layer, sequence.slot] = first_page + len(blocks)
+        self._exact_k[layer][sequence.slot, :, : k.shape[1]] = k
+        self._exact_v[layer][sequence.slot, :, : v.shape[1]] = v
+        self._exact_len[layer, sequence.slot] = k.shape[1]
+
+    def _exact(self, x: Tensor, what: str) -> Tensor:
+        """Check new tokens and cast them to the dtype of sinks and window."""
+        if x.ndim != 3 or x.shape[0] != self.num_kv_heads or x.shape[2] != self.codec.head_dim:
+            raise ShapeError(
+                f"expected {what} [G={self.num_kv_heads}, T, D={self.codec.head_dim}], found {tuple(x.shape)}"
+            )
+        exact = x.to(self.exact_dtype)
+        if not bool(torch.isfinite(exact).all()):
+            raise FormatError(
+                f"expected finite {what} within {self.exact_dtype}, found NaN, infinity or overflow; nothing was stored: "
+                "use exact_dtype=torch.bfloat16 or torch.float32"
+            )
+        return exact
+
+    # -- attention ---------------------------------------------------------------------------------------------
+
+    def view(self, layer: int, seq_ids: list[int], extra: int = 0) -> LayerView:
+        """What attention reads: pages by reference, exact tokens in place, ``extra`` uncommitted ones included."""
+        slots = torch.tensor([self._sequence(s).slot for s in seq_ids], dtype=torch.int32)
+        index = slots.long()
+        num_pages = self._num_pages[layer][index]
+        widest = max(int(num_pages.max()), 1) if seq_ids else 1
+        return LayerView(
+            pool=self._pools[layer],
+            page_table=self._page_table[index, :widest].contiguous(),
+            num_pages=num_pages,
+            exact_k=self._exact_k[layer],
+            exact_v=self._exact_v[layer],
+            exact_len=self._exact_len[layer][index] + extra,
+            slots=slots,
+        )
+
+    def attend(self, layer: int, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        """Append T new tokens to each sequence and attend causally: ``q [B, H, T, D]``, ``k v [B, G, T, D]``.
+
+        Returns ``[B, H, T, D]`` in q's dtype. New tokens attend to each other exactly and to older ones on their
+        pages; pages that become due are sealed after the attention. Raises CapacityError and FormatError
+        before anything is stored.
+        """
+        if q.shape[2] == 1:
+            return self._attend_one(layer, seq_ids, q, k, v, softmax_scale)
+        out = [self._attend_chunk(layer, s, q[i], k[i], v[i], softmax_scale) for i, s in enumerate(seq_ids)]
+        return torch.stack(out)
+
+    def _attend_one(
+        self, layer: int, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
+    ) -> Tensor:
+        """One token per sequence: written behind the window, attended in place, then committed."""
+        sequences = [self._sequence(s) for s in seq_ids]
+        new_k, new_v = self._exact(k[:, :, 0].transpose(0, 1), "keys"), self._exact(v[:, :, 0].transpose(0, 1), "values")
+        due = []
+        for s in sequences:
+            held, pages = int(self._exact_len[layer, s.slot]), int(self._num_pages[layer, s.slot])
+            if held + 1 == self.codec.num_sinks + self.codec.max_window:
+                due.append((s, pages + 1))
+        self._reserve(due)
+        view = self.view(layer, seq_ids, extra=1)
+        slots, at = view.slots.long(), view.exact_len.long() - 1
+        self._exact_k[layer][slots, :, at] = new_k.transpose(0, 1)
+        self._exact_v[layer][slots, :, at] = new_v.transpose(0, 1)
+        o, _ = api.attend(q, view, self.codec, softmax_scale, impl=self.impl)
+        self._exact_len[layer][slots] += 1
+        for seq_id in seq_ids:
+            self._settle(layer, seq_id)
+        return o.to(q.dtype)
+
+    def _settle(self, layer: int, seq_id: int) -> None:
+        """Bring a layer to its resting state after one token: requantize an open block, seal a full one."""
+        sequence, codec = self._sequence(seq_id), self.codec
+        slot, sinks = sequence.slot, codec.num_sinks
+        held, pages = int(self._exact_len[layer, slot]), int(self._num_pages[layer, slot])
+        position = sinks + pages * codec.page_tokens
+        window = self._exact_v[layer][slot, :, sinks:held]
+        requantized = codec.requantize_window(window, position)
+        if requantized is not window:
+            window.copy_(requantized)
+        if held == sinks + codec.max_window:
+            empty = self._exact_k[layer][slot, :, :0]
+            self.append(layer, seq_id, empty, empty)
+
+    def _attend_chunk(self, layer: int, seq_id: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        """T tokens of one sequence, ``q [H, T, D]``: exact triangle, merged with attention over what is stored."""
+        if self.num_tokens(seq_id, layer) == 0:
+            o = causal(q[None], k[None], v[None], softmax_scale)[0]
+        else:
+            old, old_lse = api.attend(
+                q[None], self.view(layer, [seq_id]), self.codec, softmax_scale, impl=self.impl
+            )
+            new, new_lse = causal_partial(q[None], k[None], v[None], softmax_scale)
+            o = merge_partials(old, old_lse, new, new_lse)[0][0].to(q.dtype)
+        self.append(layer, seq_id, k, v)
+        return o
+
+    # -- transfer and integrity --------------------------------------------------------------------------------
+
+    def export_layer(self, layer: int, seq_id: int) -> LayerContent:
+        """Copy of one layer's stored bytes, for the wire."""
+        sequence = self._sequence(seq_id)
+        pages = int(self._num_pages[layer, sequence.slot])
+        held = int(self._exact_len[layer, sequence.slot])
+        blocks = torch.tensor(sequence.blocks[:pages], dtype=torch.long)
+        return LayerContent(
+            num_tokens=pages * self.codec.page_tokens + held,
+            pages=self._pools[layer][blocks],
+            exact_k=self._exact_k[layer][sequence.slot, :, :held].clone(),
+            exact_v=self._exact_v[layer][sequence.slot, :, :held].clone(),
+        )
+
+    def load_layer(self, layer: int, seq_id: int, content: LayerContent) -> None:
+        """Store verified content in an empty layer of a sequence. Raises ShapeError, HomkvError, CapacityError."""
+        sequence = self._sequence(seq_id)
+        if self.num_tokens(seq_id, layer):
+            raise HomkvError(f"expected layer {layer} of sequence {seq_id} to be empty, found tokens in it")
+        n = self.codec.num_pages(content.num_tokens)
+        pages = (n, self.num_kv_heads, self.codec.page_bytes)
+        exact = (self.num_kv_heads, self.codec.num_exact(content.num_tokens), self.codec.head_dim)
+        found = (tuple(content.pages.shape), tuple(content.exact_k.shape), tuple(content.exact_v.shape))
+        if found != (pages, exact, exact) or content.exact_k.dtype != self.exact_dtype:
+            raise ShapeError(
+                f"expected pages {pages} and exact tokens {exact} in {self.exact_dtype}, found {found} in "
+                f"{content.exact_k.dtype}; both sides must use the same format and model"
+            )
+        self._reserve([(sequence, n)])
+        self._commit(layer, sequence, 0, content.pages if n else None, content.exact_k, content.exact_v)
+
+    def check(self) -> None:
+        """Raise HomkvError unless reference counts, lengths and every page's digest are what they must be."""
+        self._blocks.check([s.blocks for s in self._sequences.values()])
+        used = [s.slot for s in self._sequences.values()]
+        if sorted(used + self._free_slots) != list(range(self.max_sequences)):
+            raise HomkvError(f"expected every slot used once or free once, found used {used}, free {self._free_slots}")
+        for seq_id, sequence in self._sequences.items():
+            for layer in range(self.num_layers):
+                pages, held = int(self._num_pages[layer, sequence.slot]), int(self._exact_len[layer, sequence.slot])
+                if held != self.codec.num_exact(pages * self.codec.page_tokens + held):
+                    raise HomkvError(f"layer {layer} of sequence {seq_id} holds {held} exact tokens beside {pages} pages")
+                for block in sequence.blocks[:pages]:
+                    if self._digests[layer, block] != self._digest(layer, block):
+                        raise HomkvError(
+                            f"page block {block} of layer {layer} changed after it was sealed; free sequence {seq_id} "
+                            "and recompute it"
+                        )
+
+    def _digest(self, layer: int, block: int) -> int:
+        return xxhash.xxh3_64_intdigest(self._pools[layer][block].numpy())
