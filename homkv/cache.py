@@ -226,30 +226,44 @@ class PagedCache:
             slots=slots,
         )
 
-    def attend(self, layer: int, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        seq_ids: list[int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """Append T new tokens to each sequence and attend causally: ``q [B, H, T, D]``, ``k v [B, G, T, D]``.
 
+        ``real [B, T] bool``: False marks padding, which is neither stored nor attended to (its output is zero).
         Returns ``[B, H, T, D]`` in q's dtype. New tokens attend to each other exactly and to older ones on their
-        pages; pages that become due are sealed after the attention. Raises CapacityError and FormatError
-        before anything is stored.
+        pages; pages that become due are sealed after the attention. Raises CapacityError before anything is
+        stored; FormatError for values that cannot be stored (free the sequences of the batch then).
         """
-        if q.shape[2] == 1:
+        if real is not None and bool(real.all()):
+            real = None
+        lengths = [q.shape[2]] * len(seq_ids) if real is None else real.sum(1).tolist()
+        self._reserve([(self._sequence(s), self._pages_after(layer, s, n)) for s, n in zip(seq_ids, lengths, strict=True)])
+        if q.shape[2] == 1 and real is None:
             return self._attend_one(layer, seq_ids, q, k, v, softmax_scale)
-        out = [self._attend_chunk(layer, s, q[i], k[i], v[i], softmax_scale) for i, s in enumerate(seq_ids)]
-        return torch.stack(out)
+        out = torch.zeros_like(q)
+        for i, seq_id in enumerate(seq_ids):
+            at = slice(None) if real is None else real[i]
+            if lengths[i]:
+                out[i, :, at] = self._attend_chunk(layer, seq_id, q[i, :, at], k[i, :, at], v[i, :, at], softmax_scale)
+        return out
+
+    def _pages_after(self, layer: int, seq_id: int, new_tokens: int) -> int:
+        return self.codec.num_pages(self.num_tokens(seq_id, layer) + new_tokens)
 
     def _attend_one(
         self, layer: int, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
     ) -> Tensor:
         """One token per sequence: written behind the window, attended in place, then committed."""
-        sequences = [self._sequence(s) for s in seq_ids]
         new_k, new_v = self._exact(k[:, :, 0].transpose(0, 1), "keys"), self._exact(v[:, :, 0].transpose(0, 1), "values")
-        due = []
-        for s in sequences:
-            held, pages = int(self._exact_len[layer, s.slot]), int(self._num_pages[layer, s.slot])
-            if held + 1 == self.codec.num_sinks + self.codec.max_window:
-                due.append((s, pages + 1))
-        self._reserve(due)
         view = self.view(layer, seq_ids, extra=1)
         slots, at = view.slots.long(), view.exact_len.long() - 1
         self._exact_k[layer][slots, :, at] = new_k.transpose(0, 1)

@@ -1,0 +1,287 @@
+"""homkv inside transformers: a cache whose layers are pages, and the attention function that reads them.
+
+    with homkv.attach(model, "balanced"):
+        model.generate(...)
+
+The model computes prompts exactly; every later token attends to the stored pages without restoring them.
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from homkv.attention.prefill import causal
+from homkv.cache import PagedCache
+from homkv.errors import HomkvError, UnsupportedError
+from homkv.formats import PageCodec, make_codec
+from homkv.models.describe import measure_rope, probe_cache, refuse_unsupported
+from homkv.spec import DEFAULT_FORMAT
+
+ATTENTION_NAME = "homkv"
+# Arguments of transformers' attention functions that change the mathematics and that pages do not compute.
+UNSUPPORTED_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias", "cu_seq_lens_q")
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+    """One layer of a :class:`KVCache`, as transformers sees it."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, owner: "KVCache", layer: int) -> None:
+        super().__init__()
+        self.owner, self.layer = owner, layer
+        self.num_seen = 0  # columns of the attention mask so far, padding included
+        self.is_pending = False  # update() was called, attention not yet
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the owner opens its sequences with the first tokens."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values on to the attention function, which stores them."""
+        if self.is_pending:
+            raise HomkvError(
+                f"expected attention {ATTENTION_NAME!r} to follow the update of layer {self.layer}, found none; use this "
+                "cache inside `with homkv.attach(model, ...)`"
+            )
+        self.is_pending = True
+        keys = key_states.view_as(key_states)
+        keys.homkv_layer = self  # type: ignore[attr-defined]  # the attention function receives this very tensor
+        return keys, value_states
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None) -> Tensor:
+        """Store ``k v [B, G, T, D]`` and attend with ``q [B, H, T, D]``; ``mask [B, seen + T]`` marks real tokens."""
+        real = None if mask is None else mask[:, -q.shape[2] :].bool()
+        out = self.owner.attend(self.layer, q, k, v, softmax_scale, real)
+        self.num_seen += q.shape[2]
+        self.is_pending = False
+        return out
+
+    def get_seq_length(self) -> int:
+        """Mask columns so far."""
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask that the next attention needs."""
+        return self.num_seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.owner.max_tokens
+
+    def reset(self) -> None:
+        """Forget the tokens; the owner frees the sequences."""
+        self.num_seen, self.is_pending = 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: sequences span layers, so the owner reorders them."""
+        raise UnsupportedError("expected KVCache.reorder_cache(), found a single layer's; reorder the whole cache")
+
+
+class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """transformers' view of a PagedCache: one sequence per row of the batch.
+
+    ``max_tokens``: per sequence; memory is reserved for it but only touched as far as tokens are stored.
+    """
+
+    def __init__(
+        self,
+        codec: PageCodec,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        max_tokens: int,
+        exact_dtype: torch.dtype = torch.float16,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__(layers=[PagedLayer(self, i) for i in range(num_layers)])
+        self.codec, self.max_tokens = codec, max_tokens
+        self._settings: dict[str, Any] = dict(
+            num_layers=num_layers, num_kv_heads=num_kv_heads, exact_dtype=exact_dtype, impl=impl
+        )
+        self._paged: PagedCache | None = None
+        self.seq_ids: list[int] = []
+
+    @property
+    def paged(self) -> PagedCache:
+        """The pages. Raises HomkvError before the first forward pass."""
+        if self._paged is None:
+            raise HomkvError("expected a cache with tokens, found an empty one; run the model first")
+        return self._paged
+
+    @classmethod
+    def adopt(cls, paged: PagedCache, seq_ids: list[int]) -> "KVCache":
+        """Continue sequences that were loaded or computed elsewhere, for example received over the wire."""
+        cache = cls(
+            paged.codec,
+            num_layers=paged.num_layers,
+            num_kv_heads=paged.num_kv_heads,
+            max_tokens=max(paged.num_tokens(s) for s in seq_ids),
+        )
+        cache._paged, cache.seq_ids = paged, list(seq_ids)
+        for layer in cache.layers:
+            layer.num_seen = max(paged.num_tokens(s, layer.layer) for s in seq_ids)
+        return cache
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, real: Tensor | None) -> Tensor:
+        """Open one sequence per batch row at the first call, then store and attend."""
+        if self._paged is None:
+            self._open(q.shape[0])
+        if q.shape[0] != len(self.seq_ids):
+            raise UnsupportedError(
+                f"expected the batch of {len(self.seq_ids)} sequences this cache was started with, found {q.shape[0]}; "
+                "use a new cache"
+            )
+        return self.paged.attend(layer, self.seq_ids, q, k, v, softmax_scale, real)
+
+    def _open(self, batch: int) -> None:
+        # Twice the slots and blocks: reordering beams forks every survivor before the old ones go.
+        blocks = 2 * batch * (self.codec.num_pages(self.max_tokens) + 1)
+        self._paged = PagedCache(self.codec, num_blocks=blocks, max_sequences=2 * batch, **self._settings)
+        self.seq_ids = [self._paged.new_sequence() for _ in range(batch)]
+
+    def kv_bytes(self) -> int:
+        """Bytes of all sequences: pages, sinks and windows."""
+        return sum(self.paged.kv_bytes(s) for s in self.seq_ids)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the chosen beams; beams with a common past share its pages."""
+        chosen = [self.paged.fork(self.seq_ids[i]) for i in beam_idx.tolist()]
+        for seq_id in self.seq_ids:
+            self.paged.free(seq_id)
+        self.seq_ids = chosen
+
+    def reset(self) -> None:
+        """Free all sequences; the cache can be used again."""
+        for seq_id in self.seq_ids:
+            self.paged.free(seq_id)
+        self._paged, self.seq_ids = None, []
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: a sealed page cannot be opened again."""
+        raise UnsupportedError("expected tokens to stay, found crop(); assisted decoding does not work on pages")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse: expand the inputs instead."""
+        raise UnsupportedError("expected a fixed batch, found batch_repeat_interleave(); repeat the inputs instead")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refuse: select the inputs instead."""
+        raise UnsupportedError("expected a fixed batch, found batch_select_indices(); use a new cache")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' AttentionInterface; ``query [B, H, T, D]`` to ``[B, T, H, D]``."""
+    for name in UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"expected plain causal attention, found {name}; this model does not run on pages")
+    if dropout:
+        raise UnsupportedError(f"expected dropout 0, found {dropout}; call model.eval() first")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = getattr(key, "homkv_layer", None)
+    if layer is not None:
+        o = layer.attend(query, key, value, scale, attention_mask)
+    elif attention_mask is None and query.shape[2] == key.shape[2]:
+        o = causal(query, key, value, scale)  # a forward pass that keeps no cache
+    else:
+        raise UnsupportedError(
+            "expected keys from a homkv cache, found another cache or padding without a cache; pass use_cache=True and "
+            "no past_key_values of another kind"
+        )
+    return o.transpose(1, 2).contiguous(), None
+
+
+class Attachment:
+    """Makes a model use pages for as long as the ``with`` block runs. Built by :func:`attach`."""
+
+    def __init__(self, model: PreTrainedModel, codec: PageCodec, settings: dict[str, Any]) -> None:
+        self.model, self.codec, self._settings = model, codec, settings
+        self.last_cache: KVCache | None = None  # of the most recent forward pass that started one
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._implementation = ""
+
+    def new_cache(self) -> KVCache:
+        """Return an empty cache to pass as ``past_key_values``."""
+        return KVCache(self.codec, **self._settings)
+
+    def __enter__(self) -> "Attachment":
+        if self.model.config._attn_implementation == ATTENTION_NAME:
+            raise UnsupportedError("expected a model without homkv attached, found one; leave the other block first")
+        # transformers' registries map names to functions; registering the same stateless function again is harmless.
+        AttentionInterface.register(ATTENTION_NAME, attention_forward)
+        AttentionMaskInterface.register(ATTENTION_NAME, flash_attention_mask)
+        self._implementation = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        self._hook = self.model.register_forward_pre_hook(self._provide_cache, with_kwargs=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.model.set_attn_implementation(self._implementation)
+
+    def _provide_cache(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give every forward pass that starts a cache a paged one."""
+        past = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        wanted = self.model.config.use_cache if use_cache is None else use_cache
+        if isinstance(past, KVCache) or not wanted:
+            return args, kwargs
+        if past is not None and (not isinstance(past, DynamicCache) or past.get_seq_length()):
+            raise UnsupportedError(
+                f"expected no past_key_values or a homkv cache, found a {type(past).__name__} with tokens; start the "
+                "prompt inside the block"
+            )
+        self.last_cache = self.new_cache()
+        return args, kwargs | {"past_key_values": self.last_cache}
+
+
+def attach(
+    model: PreTrainedModel,
+    kv_cache_dtype: str = DEFAULT_FORMAT,
+    *,
+    impl: str | None = None,
+    exact_dtype: torch.dtype | None = None,
+    max_tokens: int | None = None,
+) -> Attachment:
+    """Let a transformers model keep its KV cache as pages inside a ``with`` block.
+
+    ``kv_cache_dtype``: a format's name (`homkv formats`). ``impl``: "cpu" or "reference"; None takes the format's
+    first. ``exact_dtype``: of sinks and window; None takes the model's 16-bit dtype, or float16 for a float32 model.
+    ``max_tokens``: longest sequence; None takes the model's context.
+    Raises FormatError for an unknown format, UnsupportedError for a head_dim or an attention not covered.
+    """
+    config = model.config.get_text_config()
+    name = str(model.config.name_or_path or config.model_type)
+    refuse_unsupported(config, name)
+    keys, _ = probe_cache(model, name)
+    codec = make_codec(kv_cache_dtype, keys.shape[-1], measure_rope(model, keys).channel_order())
+    if exact_dtype is None:
+        exact_dtype = torch.float16 if model.dtype not in (torch.float16, torch.bfloat16) else model.dtype
+    settings = dict(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=keys.shape[0],
+        max_tokens=max_tokens or config.max_position_embeddings,
+        exact_dtype=exact_dtype,
+        impl=impl,
+    )
+    return Attachment(model, codec, settings)
