@@ -14,6 +14,13 @@ from homkv.errors import UnsupportedError
 
 Pairing = Literal["half", "interleaved", "none"]
 
+# transformers' model_type of the language models that rotate channels 2p and 2p + 1 together; all others use halves.
+# homkv.models checks the pairing against the keys of the loaded model, so a type missing here is found at load.
+INTERLEAVED_TYPES = {
+    *("blt", "codegen", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "glm4v_text"),
+    *("glm_ocr_text", "gptj", "helium", "llama4_text"),
+}
+
 
 @dataclass(frozen=True)
 class RopeSpec:
@@ -45,12 +52,24 @@ class RopeSpec:
         """
         if self.pairing == "none":
             return tuple(range(self.head_dim))
-        half = self.rotary_dim // 2
-        pairs = sorted(range(half), key=lambda p: (self.inv_freq[p], -p))
+        pairs = self.pairs()
+        slowest_first = sorted(range(len(pairs)), key=lambda p: (self.inv_freq[p], -p))
         order = list(range(self.rotary_dim, self.head_dim))
-        for p in pairs:
-            order += [p, p + half] if self.pairing == "half" else [2 * p, 2 * p + 1]
+        for p in slowest_first:
+            order += pairs[p]
         return tuple(order)
+
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Return the two channels that ``inv_freq[p]`` turns together, for each p."""
+        half = self.rotary_dim // 2
+        if self.pairing == "interleaved":
+            return tuple((2 * p, 2 * p + 1) for p in range(half))
+        return tuple((p, p + half) for p in range(half))
+
+
+def pairing_of(model_type: str) -> Pairing:
+    """Which channels transformers rotates together in models of this ``model_type``."""
+    return "interleaved" if model_type in INTERLEAVED_TYPES else "half"
 
 
 def no_rope(head_dim: int) -> RopeSpec:
@@ -95,7 +114,10 @@ def yarn_frequencies(base: Sequence[float], theta: float, p: Mapping[str, Any]) 
     def pair_with(turns: float) -> float:
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    lo, hi = max(math.floor(pair_with(fast)), 0), min(math.ceil(pair_with(slow)), dim - 1)
+    lo, hi = pair_with(fast), pair_with(slow)
+    if p.get("truncate", True):
+        lo, hi = math.floor(lo), math.ceil(hi)
+    lo, hi = max(lo, 0), min(hi, dim - 1)
     span = max(hi - lo, 1e-3)
     keep = [1 - min(max((i - lo) / span, 0.0), 1.0) for i in range(len(base))]
     return tuple(f / factor * (1 - w) + f * w for f, w in zip(base, keep, strict=True))
@@ -104,21 +126,22 @@ def yarn_frequencies(base: Sequence[float], theta: float, p: Mapping[str, Any]) 
 def rope_from_config(config: Mapping[str, Any], head_dim: int, *, pairing: Pairing = "half") -> RopeSpec:
     """Build the RopeSpec from a transformers config given as a dict.
 
-    Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling`` (4) and
-    ``partial_rotary_factor``. A config with neither has no RoPE.
-    Raises UnsupportedError for a scaling whose frequencies are not known here (dynamic, longrope):
-    their frequencies change with the length, so no fixed order exists.
+    Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling`` (4),
+    ``partial_rotary_factor``, and GPT-J's ``rotary_dim``, whose theta is 10,000 without being said.
+    A config with none of these has no RoPE.
+    Raises UnsupportedError for a scaling whose frequencies are not known here, such as longrope.
     """
     params = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = params.get("rope_theta", config.get("rope_theta"))
+    gptj_dim = config.get("rotary_dim") or 0
+    theta = params.get("rope_theta", config.get("rope_theta", 10_000.0 if gptj_dim else None))
     if theta is None:
         return no_rope(head_dim)
     partial = params.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-    rotary_dim = int(head_dim * float(partial)) // 2 * 2
+    rotary_dim = gptj_dim or int(head_dim * float(partial)) // 2 * 2
     base = base_frequencies(rotary_dim, float(theta))
     kind = params.get("rope_type", params.get("type")) or "default"
     match kind:
-        case "default":
+        case "default" | "dynamic":  # dynamic NTK raises theta with the length: other values, the same order
             freqs = base
         case "linear":
             freqs = tuple(f / float(params["factor"]) for f in base)
@@ -129,7 +152,7 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int, *, pairing: Pairi
             freqs = yarn_frequencies(base, float(theta), params)
         case _:
             raise UnsupportedError(
-                f"expected rope_type default, linear, llama3 or yarn, found {kind!r}; "
+                f"expected rope_type default, dynamic, linear, llama3 or yarn, found {kind!r}; "
                 "construct RopeSpec yourself with the model's inv_freq"
             )
     return RopeSpec(head_dim, rotary_dim, pairing, freqs)

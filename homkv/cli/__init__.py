@@ -1,0 +1,38 @@
+"""``homkv``: one command per file. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from homkv.cli import doctor, formats
+from homkv.errors import HomkvError
+
+app = typer.Typer(
+    help="Attention computed directly on a 2-bit KV cache, so that prefill and decode can run on different machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("formats")(formats.formats)
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Read the options that stand before the command."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 fine, 1 a check failed, 2 an error with a message, 130 interrupted."""
+    args = sorted(sys.argv[1:], key=lambda arg: arg != "--debug")  # --debug may stand anywhere: it goes first
+    try:
+        app(args)
+    except HomkvError as error:
+        if "--debug" in args:
+            raise
+        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

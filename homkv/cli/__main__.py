@@ -1,0 +1,5 @@
+"""``python -m homkv.cli``: the command line without the installed script."""
+
+from homkv.cli import main
+
+main()

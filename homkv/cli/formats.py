@@ -1,0 +1,89 @@
+"""``homkv formats``: what every stored form costs, everything counted."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from homkv.errors import ShapeError
+from homkv.spec import DEFAULT_FORMAT, PRESETS
+
+if TYPE_CHECKING:
+    from homkv.formats import PageCodec
+
+
+@dataclass(frozen=True)
+class FormatCost:
+    """One row of the table."""
+
+    name: str
+    layout: str  # names the bytes
+    bits_per_element: float  # pages, sinks and window
+    page_tokens: int
+    page_bytes: int  # one page: one kv head of one layer
+    bytes_per_token: float  # of one kv head, K and V, at this context
+    ratio_to_fp16: float
+
+
+def cost(codec: "PageCodec", name: str, context: int) -> FormatCost:
+    """Count a format's bytes for one sequence of ``context`` tokens."""
+    stored = codec.kv_bytes(context)
+    return FormatCost(
+        name=name,
+        layout=PRESETS.get(name, codec.layout_id),
+        bits_per_element=codec.bits_per_element(context),
+        page_tokens=codec.page_tokens,
+        page_bytes=codec.page_bytes,
+        bytes_per_token=stored / context,
+        ratio_to_fp16=stored / (4 * codec.head_dim * context),
+    )
+
+
+def formats(
+    head_dim: Annotated[int, typer.Option(help="Channels of one head.")] = 128,
+    context: Annotated[int, typer.Option(help="Tokens of the sequence; sinks and window weigh less in a long one.")] = (
+        32_768
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """List every format of --kv-cache-dtype with its true size."""
+    from homkv.formats import format_names, make_codec  # torch: seconds
+
+    if context < 1:
+        raise ShapeError(f"expected --context of at least 1 token, found {context}; a typical one is 32768")
+    costs = [cost(make_codec(name, head_dim), name, context) for name in format_names()]
+    if as_json:
+        print(json.dumps({"head_dim": head_dim, "context": context, "formats": [asdict(c) for c in costs]}, indent=1))
+        return
+    Console().print(render(costs, head_dim, context))
+
+
+def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
+    """Draw the table."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"--kv-cache-dtype at head_dim {head_dim}, {context:,} tokens; sinks and window counted",
+        caption=f"default: {DEFAULT_FORMAT}. Any kABCDvEFGH works too: bits (0, 2, 4, 8) of K's quarters from the "
+        "slowest to the fastest RoPE frequency, then of V's.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("format", style="bold")
+    table.add_column("layout", style="dim")
+    for heading in ("bits/element", "bytes/page", "bytes/token·head", "of fp16"):
+        table.add_column(heading, justify="right")
+    for c in costs:
+        table.add_row(
+            c.name,
+            c.layout,
+            f"{c.bits_per_element:.2f}",
+            f"{c.page_bytes:,}",
+            f"{c.bytes_per_token:.1f}",
+            f"{c.ratio_to_fp16:.1%}",
+            style="green" if c.name == DEFAULT_FORMAT else "",
+        )
+    return table

@@ -1,0 +1,126 @@
+"""Load a model and measure what homkv needs of it: from the hub, a folder, a GGUF file or a pip package."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from homkv.errors import DTypeError, UnsupportedError
+from homkv.models.bundles import BUNDLES, Bundle
+from homkv.models.cache import Progress, cache_root, dequantized, file_sha256
+from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported
+from homkv.rope import RopeSpec
+
+__all__ = ["BUNDLES", "Bundle", "LoadedModel", "Progress", "cache_root", "describe_model", "load_model"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and the numbers that caches, wire and attention need."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    fingerprint: str  # 32 hex digits; two machines may share pages only if theirs are equal
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeSpec
+    context_length: int  # tokens
+
+
+def _silent(_: str) -> None:
+    """Take a message and do nothing."""
+
+
+def load_model(
+    name_or_path: str, *, dtype: str = "float32", num_threads: int | None = None, progress: Progress = _silent
+) -> LoadedModel:
+    """Load a model with its tokenizer on the CPU.
+
+    Args:
+        name_or_path: ``smollm2`` or ``qwen2.5-coder-0.5b`` (pip packages), a folder, a ``.gguf`` file, or a hub name.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        num_threads: given to torch if not None.
+        progress: called with a line of text at each step, for example ``rich.status.Status.update``.
+
+    Raises:
+        UnsupportedError: the model is not found (the message has the command that gets it), or its attention is not
+            one that homkv computes.
+        DTypeError: an unknown dtype.
+        FormatError: a package's GGUF file is not the expected one.
+    """
+    if dtype not in DTYPES:
+        raise DTypeError(f"expected a dtype out of {', '.join(DTYPES)}, found {dtype!r}; float32 is the reference")
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    with _no_progress_bars():
+        source = _find(name_or_path, progress)
+        progress(f"loading {name_or_path}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise UnsupportedError(
+                f"expected one of {', '.join(BUNDLES)}, a folder, a .gguf file or a hub name that can be reached, "
+                f"found {name_or_path!r}, which transformers cannot load: {str(error).splitlines()[0]}"
+            ) from error
+    progress(f"measuring {name_or_path}")
+    return describe_model(model, cast(PreTrainedTokenizerBase, tokenizer), name_or_path)
+
+
+def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:
+    """Measure a model that is already loaded.
+
+    Heads, head_dim and the pairing of RoPE are read from the keys of a two-token forward pass, the frequencies from
+    the model's own buffer. Raises UnsupportedError for an attention that homkv does not compute.
+    """
+    model.eval()
+    config = model.config.get_text_config()
+    refuse_unsupported(config, name)
+    keys, _ = probe_cache(model, name)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        fingerprint=fingerprint(model),
+        num_layers=config.num_hidden_layers,
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=keys.shape[0],
+        head_dim=keys.shape[-1],
+        rope=measure_rope(model, keys),
+        context_length=int(getattr(config, "max_position_embeddings", tokenizer.model_max_length)),
+    )
+
+
+def _find(name_or_path: str, progress: Progress) -> str:
+    """Turn a name into what from_pretrained reads; GGUF files go through the cache of dequantized models."""
+    build: Callable[[], Path] | None = None
+    path = Path(name_or_path)
+    if bundle := BUNDLES.get(name_or_path):
+        build = partial(dequantized, bundle.name, bundle.sha256, bundle.files, progress)
+    elif path.suffix == ".gguf" and path.is_file():
+        progress(f"reading {path.name}")
+        build = partial(dequantized, path.stem, file_sha256(path), lambda: [path], progress)
+    return str(build()) if build else name_or_path
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars out of the way of the caller's own progress display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,31 @@
+"""Fixtures that several test folders share: threads, seeds and the real model."""
+
+import os
+
+import pytest
+import torch
+
+from homkv.errors import UnsupportedError
+from homkv.models import LoadedModel, load_model
+
+IN_CI = bool(os.environ.get("CI"))
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """SmolLM2-135M-Instruct. Without its package a local run skips and says so; CI fails."""
+    try:
+        return load_model("smollm2")
+    except UnsupportedError as error:
+        if IN_CI:
+            raise
+        pytest.skip(str(error))
