@@ -16,27 +16,15 @@ from homkv.attention.prefill import causal, causal_partial
 from homkv.attention.reference import merge_partials
 from homkv.attention.view import LayerView
 from homkv.blocks import BlockPool
-from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError
+from homkv.errors import CapacityError, HomkvError, ShapeError
 from homkv.formats.base import PageCodec
+from homkv.seal import LayerContent, seal, to_exact
 
 
 @dataclass
 class _Sequence:
     slot: int
     blocks: list[int] = field(default_factory=list)  # at least as many as the longest layer has pages
-
-
-@dataclass(frozen=True)
-class LayerContent:
-    """One layer of one sequence, ready for the wire.
-
-    ``pages [N, G, P] uint8``; ``exact_k exact_v [G, E, D]``: sinks, then window; ``num_tokens = N * page_tokens + E``.
-    """
-
-    num_tokens: int
-    pages: Tensor
-    exact_k: Tensor
-    exact_v: Tensor
 
 
 class PagedCache:
@@ -163,50 +151,34 @@ class PagedCache:
         is stored then.
         """
         sequence = self._sequence(seq_id)
-        k, v = self._exact(k, "keys"), self._exact(v, "values")
+        self._check_heads(k, v)
         slot, codec = sequence.slot, self.codec
         held, pages = int(self._exact_len[layer, slot]), int(self._num_pages[layer, slot])
-        total = pages * codec.page_tokens + held + k.shape[1]
-        new_pages = codec.num_pages(total) - pages
-        self._reserve([(sequence, pages + new_pages)])
-        k = torch.cat((self._exact_k[layer][slot, :, :held], k), 1)
-        v = torch.cat((self._exact_v[layer][slot, :, :held], v), 1)
-        sinks, position = codec.num_sinks, codec.num_sinks + pages * codec.page_tokens
-        sealed = new_pages * codec.page_tokens
-        encoded = None
-        if new_pages:
-            body = slice(sinks, sinks + sealed)
-            encoded = api.encode(codec, k[:, body].contiguous(), v[:, body].contiguous(), position, impl=self.impl)
-            k, v = (torch.cat((x[:, :sinks], x[:, sinks + sealed :]), 1) for x in (k, v))
-        v = torch.cat((v[:, :sinks], codec.requantize_window(v[:, sinks:], position + sealed).to(v.dtype)), 1)
-        self._commit(layer, sequence, pages, encoded, k, v)
+        self._reserve([(sequence, codec.num_pages(pages * codec.page_tokens + held + k.shape[1]))])
+        k = torch.cat((self._exact_k[layer][slot, :, :held], to_exact(k, self.exact_dtype, "keys")), 1)
+        v = torch.cat((self._exact_v[layer][slot, :, :held], to_exact(v, self.exact_dtype, "values")), 1)
+        self._commit(layer, sequence, pages, seal(codec, k, v, pages, self.impl))
 
-    def _commit(
-        self, layer: int, sequence: _Sequence, first_page: int, encoded: Tensor | None, k: Tensor, v: Tensor
-    ) -> None:
-        if encoded is not None:
-            blocks = sequence.blocks[first_page : first_page + encoded.shape[0]]
-            self._pools[layer][torch.tensor(blocks)] = encoded
+    def _commit(self, layer: int, sequence: _Sequence, first_page: int, content: LayerContent) -> None:
+        """Write new pages behind ``first_page`` and replace the exact tokens."""
+        count, held = content.pages.shape[0], content.exact_k.shape[1]
+        if count:
+            blocks = sequence.blocks[first_page : first_page + count]
+            self._pools[layer][torch.tensor(blocks)] = content.pages
             for block in blocks:
                 self._digests[layer, block] = self._digest(layer, block)
-            self._num_pages[layer, sequence.slot] = first_page + len(blocks)
-        self._exact_k[layer][sequence.slot, :, : k.shape[1]] = k
-        self._exact_v[layer][sequence.slot, :, : v.shape[1]] = v
-        self._exact_len[layer, sequence.slot] = k.shape[1]
+            self._num_pages[layer, sequence.slot] = first_page + count
+        self._exact_k[layer][sequence.slot, :, :held] = content.exact_k
+        self._exact_v[layer][sequence.slot, :, :held] = content.exact_v
+        self._exact_len[layer, sequence.slot] = held
 
-    def _exact(self, x: Tensor, what: str) -> Tensor:
-        """Check new tokens and cast them to the dtype of sinks and window."""
-        if x.ndim != 3 or x.shape[0] != self.num_kv_heads or x.shape[2] != self.codec.head_dim:
+    def _check_heads(self, k: Tensor, v: Tensor) -> None:
+        shape = (self.num_kv_heads, k.shape[1] if k.ndim == 3 else -1, self.codec.head_dim)
+        if tuple(k.shape) != shape or tuple(v.shape) != shape:
             raise ShapeError(
-                f"expected {what} [G={self.num_kv_heads}, T, D={self.codec.head_dim}], found {tuple(x.shape)}"
+                f"expected keys and values [G={self.num_kv_heads}, T, D={self.codec.head_dim}], found {tuple(k.shape)} "
+                f"and {tuple(v.shape)}; nothing was stored"
             )
-        exact = x.to(self.exact_dtype)
-        if not bool(torch.isfinite(exact).all()):
-            raise FormatError(
-                f"expected finite {what} within {self.exact_dtype}, found NaN, infinity or overflow; nothing was stored: "
-                "use exact_dtype=torch.bfloat16 or torch.float32"
-            )
-        return exact
 
     # -- attention ---------------------------------------------------------------------------------------------
 
@@ -246,7 +218,8 @@ class PagedCache:
         if real is not None and bool(real.all()):
             real = None
         lengths = [q.shape[2]] * len(seq_ids) if real is None else real.sum(1).tolist()
-        self._reserve([(self._sequence(s), self._pages_after(layer, s, n)) for s, n in zip(seq_ids, lengths, strict=True)])
+        new_tokens = zip(seq_ids, lengths, strict=True)
+        self._reserve([(self._sequence(s), self._pages_after(layer, s, n)) for s, n in new_tokens])
         if q.shape[2] == 1 and real is None:
             return self._attend_one(layer, seq_ids, q, k, v, softmax_scale)
         out = torch.zeros_like(q)
@@ -263,11 +236,11 @@ class PagedCache:
         self, layer: int, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
     ) -> Tensor:
         """One token per sequence: written behind the window, attended in place, then committed."""
-        new_k, new_v = self._exact(k[:, :, 0].transpose(0, 1), "keys"), self._exact(v[:, :, 0].transpose(0, 1), "values")
+        new_k, new_v = to_exact(k[:, :, 0], self.exact_dtype, "keys"), to_exact(v[:, :, 0], self.exact_dtype, "values")
         view = self.view(layer, seq_ids, extra=1)
         slots, at = view.slots.long(), view.exact_len.long() - 1
-        self._exact_k[layer][slots, :, at] = new_k.transpose(0, 1)
-        self._exact_v[layer][slots, :, at] = new_v.transpose(0, 1)
+        self._exact_k[layer][slots, :, at] = new_k
+        self._exact_v[layer][slots, :, at] = new_v
         o, _ = api.attend(q, view, self.codec, softmax_scale, impl=self.impl)
         self._exact_len[layer][slots] += 1
         for seq_id in seq_ids:
@@ -293,9 +266,7 @@ class PagedCache:
         if self.num_tokens(seq_id, layer) == 0:
             o = causal(q[None], k[None], v[None], softmax_scale)[0]
         else:
-            old, old_lse = api.attend(
-                q[None], self.view(layer, [seq_id]), self.codec, softmax_scale, impl=self.impl
-            )
+            old, old_lse = api.attend(q[None], self.view(layer, [seq_id]), self.codec, softmax_scale, impl=self.impl)
             new, new_lse = causal_partial(q[None], k[None], v[None], softmax_scale)
             o = merge_partials(old, old_lse, new, new_lse)[0][0].to(q.dtype)
         self.append(layer, seq_id, k, v)
@@ -331,7 +302,7 @@ class PagedCache:
                 f"{content.exact_k.dtype}; both sides must use the same format and model"
             )
         self._reserve([(sequence, n)])
-        self._commit(layer, sequence, 0, content.pages if n else None, content.exact_k, content.exact_v)
+        self._commit(layer, sequence, 0, content)
 
     def check(self) -> None:
         """Raise HomkvError unless reference counts, lengths and every page's digest are what they must be."""
@@ -343,7 +314,7 @@ class PagedCache:
             for layer in range(self.num_layers):
                 pages, held = int(self._num_pages[layer, sequence.slot]), int(self._exact_len[layer, sequence.slot])
                 if held != self.codec.num_exact(pages * self.codec.page_tokens + held):
-                    raise HomkvError(f"layer {layer} of sequence {seq_id} holds {held} exact tokens beside {pages} pages")
+                    raise HomkvError(f"layer {layer} of sequence {seq_id}: {held} exact tokens beside {pages} pages")
                 for block in sequence.blocks[:pages]:
                     if self._digests[layer, block] != self._digest(layer, block):
                         raise HomkvError(

@@ -46,8 +46,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         """Hand the new keys and values on to the attention function, which stores them."""
         if self.is_pending:
             raise HomkvError(
-                f"expected attention {ATTENTION_NAME!r} to follow the update of layer {self.layer}, found none; use this "
-                "cache inside `with homkv.attach(model, ...)`"
+                f"expected attention {ATTENTION_NAME!r} to follow the update of layer {self.layer}, found none; use "
+                "this cache inside `with homkv.attach(model, ...)`"
             )
         self.is_pending = True
         keys = key_states.view_as(key_states)
@@ -101,9 +101,12 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> None:
         super().__init__(layers=[PagedLayer(self, i) for i in range(num_layers)])
         self.codec, self.max_tokens = codec, max_tokens
-        self._settings: dict[str, Any] = dict(
-            num_layers=num_layers, num_kv_heads=num_kv_heads, exact_dtype=exact_dtype, impl=impl
-        )
+        self._settings: dict[str, Any] = {
+            "num_layers": num_layers,
+            "num_kv_heads": num_kv_heads,
+            "exact_dtype": exact_dtype,
+            "impl": impl,
+        }
         self._paged: PagedCache | None = None
         self.seq_ids: list[int] = []
 
@@ -277,11 +280,11 @@ def attach(
     codec = make_codec(kv_cache_dtype, keys.shape[-1], measure_rope(model, keys).channel_order())
     if exact_dtype is None:
         exact_dtype = torch.float16 if model.dtype not in (torch.float16, torch.bfloat16) else model.dtype
-    settings = dict(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=keys.shape[0],
-        max_tokens=max_tokens or config.max_position_embeddings,
-        exact_dtype=exact_dtype,
-        impl=impl,
-    )
+    settings = {
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": keys.shape[0],
+        "max_tokens": max_tokens or config.max_position_embeddings,
+        "exact_dtype": exact_dtype,
+        "impl": impl,
+    }
     return Attachment(model, codec, settings)

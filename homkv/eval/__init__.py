@@ -1,1 +1,1 @@
-""""""
+"""What a format does to a model: divergence from the exact model, and retrieval."""
