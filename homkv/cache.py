@@ -12,11 +12,11 @@ import xxhash
 from torch import Tensor
 
 from homkv.attention import api
-from homkv.attention.prefill import causal, causal_partial
+from homkv.attention.prefill import causal_partial
 from homkv.attention.reference import merge_partials
 from homkv.attention.view import LayerView
 from homkv.blocks import BlockPool
-from homkv.errors import CapacityError, HomkvError, ShapeError
+from homkv.errors import CapacityError, HomkvError, ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
 from homkv.seal import LayerContent, seal, to_exact
 
@@ -264,7 +264,11 @@ class PagedCache:
     def _attend_chunk(self, layer: int, seq_id: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """T tokens of one sequence, ``q [H, T, D]``: exact triangle, merged with attention over what is stored."""
         if self.num_tokens(seq_id, layer) == 0:
-            o = causal(q[None], k[None], v[None], softmax_scale)[0]
+            o = api.prefill(self.codec, q[None], k[None], v[None], softmax_scale)[0]
+        elif api.computes_quantized_prefill(self.codec):
+            raise UnsupportedError(
+                f"expected the whole prompt at once for {self.codec.name}, found a later chunk of it"
+            )
         else:
             old, old_lse = api.attend(q[None], self.view(layer, [seq_id]), self.codec, softmax_scale, impl=self.impl)
             new, new_lse = causal_partial(q[None], k[None], v[None], softmax_scale)

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from homkv.attention import cpu, reference
+from homkv.attention.prefill import causal
 from homkv.attention.view import LayerView
 from homkv.errors import DTypeError, ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
+from homkv.formats.hack import HackCodec
+from homkv.formats.hack_prefill import quantized_prefill
 from homkv.formats.rows import RowsCodec
 
 
@@ -52,6 +55,22 @@ def attend(
         assert isinstance(codec, RowsCodec)
         return cpu.attend(q, view, codec.layout, codec.order, softmax_scale)
     return reference.attend(q, view, codec, softmax_scale)
+
+
+def prefill(codec: PageCodec, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Causal attention of a whole prompt, ``q [B, H, T, D]``, ``k v [B, G, T, D]``, in q's dtype.
+
+    Exact, unless the format quantizes its prefill as well (``hack:prefill=int8``).
+    """
+    if computes_quantized_prefill(codec):
+        assert isinstance(codec, HackCodec)
+        return quantized_prefill(q.float(), k.float(), v.float(), codec, softmax_scale).to(q.dtype)
+    return causal(q, k, v, softmax_scale)
+
+
+def computes_quantized_prefill(codec: PageCodec) -> bool:
+    """Whether a format's prompts attend to quantized keys and values: only HACK's ablation does."""
+    return isinstance(codec, HackCodec) and codec.options.prefill == "int8"
 
 
 def check_query(q: Tensor, view: LayerView, codec: PageCodec) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import doctor, formats
+from homkv.cli import demo, doctor, formats, serve
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -15,8 +15,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("demo")(demo.demo)
 app.command("formats")(formats.formats)
 app.command("doctor")(doctor.doctor)
+app.add_typer(serve.app, name="serve")
 
 
 @app.callback()

@@ -101,7 +101,11 @@ def check_data() -> Iterator[Check]:
 
     for bundle in BUNDLES.values():
         missing = bundle.missing()
-        detail = f"not installed: {', '.join(missing)}" if missing else f"{len(bundle.parts)} package(s)"
+        detail = (
+            f"not installed: {', '.join(missing)}"
+            if missing
+            else f"version {bundle.version}, {len(bundle.parts)} package(s)"
+        )
         yield Check(f"model {bundle.name}", not missing, detail, bundle.pip_command, required=bundle is SMOLLM2)
     missing = texts.missing()
     detail = f"not installed: {', '.join(missing)}" if missing else f"{texts.PACKAGE} {texts.VERSION}"

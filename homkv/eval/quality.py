@@ -24,7 +24,8 @@ Step = Callable[[], None]
 class ExactRun:
     """The unquantized model on ``ids [B, T]``: KV of the prefix and logits of everything behind it.
 
-    ``keys values``: per layer ``[B, G, prefix, D]``; ``logits [B, T - prefix, V]``: row i predicts token prefix + i + 1.
+    ``keys values``: per layer ``[B, G, prefix, D]``; ``logits [B, T - prefix, V]``: row i predicts
+    token prefix + i + 1.
     """
 
     ids: Tensor

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from homkv.errors import FormatError
 from homkv.formats.base import EIGHT_BIT, UNROUNDED, PageCodec, Rounding
 from homkv.formats.exact import EXACT_DTYPES, ExactCodec
-#from homkv.formats.hack import HackCodec, HackOptions
-#from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
+from homkv.formats.hack import HackCodec, HackOptions
+from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
 from homkv.formats.rows import RowsCodec
 from homkv.spec import PRESETS, RowsSpec
 

@@ -17,7 +17,16 @@ from homkv.models.cache import Progress, cache_root, dequantized, file_sha256
 from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported
 from homkv.rope import RopeSpec
 
-__all__ = ["BUNDLES", "Bundle", "LoadedModel", "Progress", "cache_root", "describe_model", "load_model"]
+__all__ = [
+    "BUNDLES",
+    "Bundle",
+    "LoadedModel",
+    "Progress",
+    "cache_root",
+    "describe_model",
+    "load_model",
+    "load_tokenizer",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -76,6 +85,12 @@ def load_model(
             ) from error
     progress(f"measuring {name_or_path}")
     return describe_model(model, cast(PreTrainedTokenizerBase, tokenizer), name_or_path)
+
+
+def load_tokenizer(name_or_path: str, *, progress: Progress = _silent) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of what ``load_model`` loads; a GGUF file is dequantized into the cache on the way."""
+    with _no_progress_bars():
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(_find(name_or_path, progress)))
 
 
 def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:

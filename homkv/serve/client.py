@@ -46,7 +46,7 @@ class Query:
     prompt_ids: list[int]
     kv_cache_dtype: str
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     forced_ids: list[int] | None = None
     return_logits: bool = False
 
@@ -118,7 +118,9 @@ class Client:
             self._prefill.send(self._order(request_id, query, ticket))
             while answer.decode is None or answer.prefill is None:
                 if time.monotonic() > deadline_s:
-                    raise LinkError("timeout", f"expected an answer within {timeout_s} s, found none; is it overloaded?")
+                    raise LinkError(
+                        "timeout", f"expected an answer within {timeout_s} s, found none; is it overloaded?"
+                    )
                 self._advance(request_id, answer, on_layer, on_token)
         except BaseException:
             self._cancel(request_id)

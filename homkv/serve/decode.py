@@ -98,7 +98,8 @@ class DecodeInstance:
         for request in [r for r in self._requests.values() if not r.running and r.lease.expired]:
             error = TransferError(
                 f"expected the KV of {request.ask.request_id!r} within {self.lease_s} s, found layers "
-                f"{sorted(request.assembler.missing)[:4]} … missing; the prefill instance is gone or too slow: try again"
+                f"{sorted(request.assembler.missing)[:4]} … missing; the prefill instance is gone or too slow: try "
+                "again"
             )
             self._fail(request, error)
         for engine in self.engines.values():
@@ -173,7 +174,9 @@ class DecodeInstance:
             )
         vocabulary = self.loaded.model.get_input_embeddings().weight.shape[0]
         if any(token >= vocabulary for token in ask.forced_ids or ()):
-            raise ShapeError(f"expected forced ids below the vocabulary's {vocabulary}, found {max(ask.forced_ids or [])}")
+            raise ShapeError(
+                f"expected forced ids below the vocabulary's {vocabulary}, found {max(ask.forced_ids or [])}"
+            )
 
     def _take(self, arrival: Arrival) -> None:
         """Store a verified frame, or refuse it."""
@@ -289,4 +292,3 @@ class DecodeInstance:
         """Free everything a request holds; the only place that does."""
         del self._requests[request.ask.request_id]
         request.engine.free(request.seq)
-

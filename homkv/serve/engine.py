@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from homkv.attention.api import computes_quantized_prefill
 from homkv.blocks import BlockPool
 from homkv.cache import PagedCache
 from homkv.errors import UnsupportedError
@@ -160,15 +161,17 @@ class ExactEngine(Engine):
 
     def kv_bytes(self, seq: int) -> int:
         """Bytes in 16 bits, whatever the model computes in."""
-        return self.codec.kv_bytes(self._caches[seq].get_seq_length()) * self.loaded.num_kv_heads * len(
-            self._caches[seq].layers
+        return (
+            self.codec.kv_bytes(self._caches[seq].get_seq_length())
+            * self.loaded.num_kv_heads
+            * len(self._caches[seq].layers)
         )
 
 
 def make_engine(loaded: LoadedModel, kv_cache_dtype: str, max_tokens: int, max_sequences: int) -> Engine:
     """Build the engine of a format. Raises FormatError, or UnsupportedError for a head_dim not covered."""
     codec = make_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
-    if getattr(getattr(codec, "options", None), "prefill", "exact") != "exact":
+    if computes_quantized_prefill(codec):
         raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
     if isinstance(codec, ExactCodec):
         return ExactEngine(loaded, codec, max_tokens, max_sequences)

@@ -1,9 +1,9 @@
 """What client, prefill instance and decode instance say to each other. KV itself travels as frames.
 
-    client  -> decode   Reserve            decode -> client   Ticket | Failed
-    client  -> prefill  Prefill            prefill -> client  Progress … PrefillDone | Failed
-    prefill -> decode   KV frames, Finish  decode -> client   Token … Done | Failed
-    client  -> both     Cancel
+client  -> decode   Reserve            decode -> client   Ticket | Failed
+client  -> prefill  Prefill            prefill -> client  Progress … PrefillDone | Failed
+prefill -> decode   KV frames, Finish  decode -> client   Token … Done | Failed
+client  -> both     Cancel
 """
 
 from typing import Annotated, Any
