@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
+from homkv.quant import require_finite
 from homkv.spec import PAGE_TOKENS
 
 EXACT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -24,15 +25,17 @@ class ExactCodec(PageCodec):
         self.page_bytes = 2 * PAGE_TOKENS * head_dim * 2
 
     def encode(self, k: Tensor, v: Tensor, first_position: int = 0) -> Tensor:
-        """Cast and lay down whole pages; see PageCodec.encode."""
+        """Cast and lay down whole pages; see PageCodec.encode. Raises FormatError for values beyond the dtype."""
         self.check_tokens(k, v)
-        both = torch.stack([x.unflatten(-2, (-1, PAGE_TOKENS)).to(self.dtype) for x in (k, v)], dim=-3)
+        both = torch.stack([torch.unflatten(x, -2, (-1, PAGE_TOKENS)).to(self.dtype) for x in (k, v)], dim=-3)
+        require_finite(both, f"keys and values within {self.name}")
         return both.contiguous().view(torch.uint8).flatten(-3)
 
     def dense(self, pages: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Keys and values, ``[..., N * 64, D]``."""
         self.check_pages(pages)
-        both = pages.contiguous().view(self.dtype).unflatten(-1, (2, PAGE_TOKENS, self.head_dim)).to(dtype)
+        halves = pages.contiguous().view(self.dtype)
+        both = torch.unflatten(halves, -1, (2, PAGE_TOKENS, self.head_dim)).to(dtype)
         return both[..., 0, :, :].flatten(-3, -2), both[..., 1, :, :].flatten(-3, -2)
 
     def scores(

@@ -46,8 +46,8 @@ class RowsCodec(PageCodec):
     def encode(self, k: Tensor, v: Tensor, first_position: int = 0) -> Tensor:
         """Quantize and pack whole pages; see PageCodec.encode. Raises FormatError for unstorable values."""
         self.check_tokens(k, v)
-        k = k.unflatten(-2, (-1, PAGE_TOKENS))
-        v = v.unflatten(-2, (-1, PAGE_TOKENS))
+        k = torch.unflatten(k, -2, (-1, PAGE_TOKENS))
+        v = torch.unflatten(v, -2, (-1, PAGE_TOKENS))
         k_rows, centre = quantize_keys(k, self.order, self.layout)
         return write_page(k_rows, quantize_values(v, self.layout), centre, self.layout)
 
@@ -102,7 +102,7 @@ class RowsCodec(PageCodec):
             rows = read_rows(pages, cls, is_key=False)
             weight = p.to(dtype) * decode_scales(rows.scales, dtype).flatten(-2).unsqueeze(-2)
             if rounding.p:
-                tiles = weight.unflatten(-1, (-1, PAGE_TOKENS)).transpose(-2, -3)  # [..., N, R, 64]
+                tiles = torch.unflatten(weight, -1, (-1, PAGE_TOKENS)).transpose(-2, -3)  # [..., N, R, 64]
                 largest = tiles.amax(-1, keepdim=True)
                 codes = (tiles * torch.where(largest > 0, 255 / largest, 0)).round()
                 rotated = (integer_matmul(codes, rows.lanes).to(dtype) * (largest / 255)).sum(-3)
