@@ -16,7 +16,7 @@ from homkv.transport.wire import FrameError
 
 SERVER, CLIENT, SERVER_KEY = secured()
 ANY_PORT = "tcp://127.0.0.1:0"
-FAST = LinkOptions(peer_timeout_s=1.0, ack_timeout_s=2.0, linger_s=0.1)
+FAST = LinkOptions(peer_timeout_s=2.0, ack_timeout_s=2.0, linger_s=0.1)
 PATIENCE_S = 10.0  # how long a test waits for what must happen; it never waits this long when it does
 
 

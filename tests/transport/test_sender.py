@@ -16,7 +16,7 @@ from homkv.transport.wire import FRAME_OVERHEAD, FrameError
 
 SERVER, CLIENT, SERVER_KEY = secured()
 SMALL = FRAME_OVERHEAD + 40_000
-FAST = LinkOptions(peer_timeout_s=1.0, ack_timeout_s=5.0, linger_s=0.1, max_frame_bytes=SMALL)
+FAST = LinkOptions(peer_timeout_s=2.0, ack_timeout_s=5.0, linger_s=0.1, max_frame_bytes=SMALL)
 PATIENCE_S = 10.0
 PLAN = plan(300, 10)  # 116 KB a layer: four frames of at most 40 KB
 
