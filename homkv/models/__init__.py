@@ -46,6 +46,11 @@ class LoadedModel:
     rope: RopeSpec
     context_length: int  # tokens
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
 
 def _silent(_: str) -> None:
     """Take a message and do nothing."""
