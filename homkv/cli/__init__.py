@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import demo, doctor, formats, serve
+from homkv.cli import demo, doctor, eval, formats, serve
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("eval")(eval.evaluate)
 app.command("formats")(formats.formats)
 app.command("doctor")(doctor.doctor)
 app.add_typer(serve.app, name="serve")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -49,7 +50,7 @@ class LoadedModel:
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        return int(self.model.get_input_embeddings().num_embeddings)
+        return cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
 
 
 def _silent(_: str) -> None:
