@@ -66,20 +66,21 @@ def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
     """Draw the table."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"--kv-cache-dtype at head_dim {head_dim}, {context:,} tokens; sinks and window counted",
-        caption=f"default: {DEFAULT_FORMAT}. Any kABCDvEFGH works too: bits (0, 2, 4, 8) of K's quarters from the "
-        "slowest to the fastest RoPE frequency, then of V's.",
+        title=f"--kv-cache-dtype at head_dim {head_dim} and {context:,} tokens",
+        caption="bits per element and bytes per token of one kv head: pages, sinks and window, scales and padding. "
+        f"Default: {DEFAULT_FORMAT}. Any kABCDvEFGH works too: bits (0, 2, 4, 8) of K's quarters from the slowest to "
+        "the fastest RoPE frequency, then of V's.",
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("format", style="bold")
+    table.add_column("format", style="bold", no_wrap=True)
     table.add_column("layout", style="dim")
-    for heading in ("bits/element", "bytes/page", "bytes/token·head", "of fp16"):
-        table.add_column(heading, justify="right")
+    for heading in ("bits", "bytes/page", "bytes/token", "of fp16"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for c in costs:
         table.add_row(
             c.name,
-            c.layout,
+            c.layout.removesuffix(f" D={head_dim}"),
             f"{c.bits_per_element:.2f}",
             f"{c.page_bytes:,}",
             f"{c.bytes_per_token:.1f}",
