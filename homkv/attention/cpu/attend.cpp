@@ -1,0 +1,151 @@
+// Decode attention on packed pages: integer scores, online softmax, integer weighted sum (docs/format.md, "Computing
+// with a page"). Compiled once per instruction set; HOMKV_ISA names the namespace, HOMKV_ISA_HEADER the vector types.
+#include "abi.h"
+#include HOMKV_ISA_HEADER
+#include "vector.hpp"
+#include "kernels.hpp"
+#include "query.hpp"
+#include "page.hpp"
+
+namespace homkv {
+namespace HOMKV_ISA {
+
+// --- pages -----------------------------------------------------------------------------------------------------------
+
+inline const uint8_t* page_at(const homkv_attend_args& a, int batch, int head, int page) {
+  int64_t block = a.page_table[(int64_t)batch * a.max_pages + page];
+  return a.pool + (block * a.heads + head) * a.layout->page_bytes;
+}
+
+void attend_pages(const AttendTask& task) {
+  const homkv_attend_args& a = *task.args;
+  const homkv_layout& layout = *a.layout;
+  const int64_t row = ((int64_t)task.batch * a.heads + task.head) * a.rows + task.row0;
+  const int o_stride = padded_offset(layout, layout.num_v);
+  reset(task.out, task.rows, o_stride);
+  if (task.first >= task.last) return;
+  QueryTile query;
+  query.prepare(layout, a.q + row * layout.head_dim, task.rows, a.softmax_scale);
+  for (int p = task.first; p < task.last; p++) {
+    const uint8_t* page = page_at(a, task.batch, task.head, p);
+    if (p + 1 < task.last) {
+      const uint8_t* next = page_at(a, task.batch, task.head, p + 1);
+      for (int i = 0; i < layout.page_bytes; i += 64) __builtin_prefetch(next + i);
+    }
+    attend_page(layout, page, query, task.rows, o_stride, task.out);
+  }
+}
+
+// --- exact tokens: sinks and window -----------------------------------------------------------------------------------------------
+
+// Scores of R rows against `tokens` keys of the model's dtype, in float32.
+template <int DTYPE, int R>
+void exact_scores(const void* k, int64_t at, int tokens, int dim, const float* q, float (*s)[64]) {
+  for (int t = 0; t < tokens; t++) {
+    vf acc[R] = {};
+    for (int c = 0; c < dim; c += VL) {
+      vf x = load_as_float<DTYPE>(k, at + (int64_t)t * dim + c);
+      for (int r = 0; r < R; r++) acc[r] = fma(x, load<vf>(q + r * HOMKV_MAX_HEAD_DIM + c), acc[r]);
+    }
+    for (int r = 0; r < R; r++) s[r][t] = sum_lanes(acc[r]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = tokens; t < 64; t++) s[r][t] = -__builtin_inff();
+}
+
+template <int DTYPE, int R>
+void exact_values(const void* v, int64_t at, int tokens, int dim, const float (*p)[64], const float* weight, float* o) {
+  for (int c = 0; c < dim; c += VL) {
+    vf acc[R] = {};
+    for (int t = 0; t < tokens; t++) {
+      vf x = load_as_float<DTYPE>(v, at + (int64_t)t * dim + c);
+      for (int r = 0; r < R; r++) acc[r] = fma(x, splat(p[r][t]), acc[r]);
+    }
+    for (int r = 0; r < R; r++) {
+      float* to = o + r * dim + c;
+      store(to, fma(acc[r], splat(weight[r]), load<vf>(to)));
+    }
+  }
+}
+
+template <int DTYPE, int R>
+void exact_rows(const AttendTask& task, const float* q, int row) {
+  const homkv_attend_args& a = *task.args;
+  const int dim = a.layout->head_dim;
+  const int64_t slot = a.slots[task.batch];
+  const int64_t base = (slot * a.heads + task.head) * a.exact_tokens * dim;
+  alignas(64) float s[R][64];
+  for (int t = task.first; t < task.last; t += 64) {
+    const int tokens = min_int(task.last - t, 64);
+    const int64_t at = base + (int64_t)t * dim;
+    exact_scores<DTYPE, R>(a.exact_k, at, tokens, dim, q + row * HOMKV_MAX_HEAD_DIM, s);
+    float weight[R];
+    softmax_tile<R>(s, task.out, row, dim, weight);
+    exact_values<DTYPE, R>(a.exact_v, at, tokens, dim, s, weight, task.out.o + row * dim);
+  }
+}
+
+template <int DTYPE>
+void exact_tile(const AttendTask& task, const float* q) {
+  for (int row = 0; row < task.rows;) {
+    const int left = task.rows - row;
+    if (left >= 4) exact_rows<DTYPE, 4>(task, q, row), row += 4;
+    else if (left >= 2) exact_rows<DTYPE, 2>(task, q, row), row += 2;
+    else exact_rows<DTYPE, 1>(task, q, row), row += 1;
+  }
+}
+
+void attend_exact(const AttendTask& task) {
+  const homkv_attend_args& a = *task.args;
+  const int dim = a.layout->head_dim;
+  float q[TILE_ROWS * HOMKV_MAX_HEAD_DIM];
+  const float* from = a.q + (((int64_t)task.batch * a.heads + task.head) * a.rows + task.row0) * dim;
+  for (int r = 0; r < task.rows; r++)
+    for (int c = 0; c < dim; c++) q[r * HOMKV_MAX_HEAD_DIM + c] = from[r * dim + c] * (a.softmax_scale * LOG2_E);
+  reset(task.out, task.rows, dim);
+  if (a.exact_dtype == HOMKV_F32) exact_tile<HOMKV_F32>(task, q);
+  else if (a.exact_dtype == HOMKV_F16) exact_tile<HOMKV_F16>(task, q);
+  else exact_tile<HOMKV_BF16>(task, q);
+}
+
+// --- merge ------------------------------------------------------------------------------------------------------------
+
+inline void add_scaled(float* to, const float* from, float factor, int n) {
+  for (int i = 0; i < n; i++) to[i] += factor * from[i];
+}
+
+// o = (rotated back sum of the page partials + exact partial) / l, in a fixed order.
+void merge_row(const MergeTask& task, int row) {
+  const homkv_layout& layout = *task.args->layout;
+  const int dim = layout.head_dim, width = padded_offset(layout, layout.num_v), exact = task.num_parts - 1;
+  float top = -__builtin_inff();
+  for (int i = 0; i < task.num_parts; i++) top = max_float(top, task.parts[i].m[row]);
+  float rotated[MAX_O] = {}, sum = 0;
+  for (int i = 0; i < exact; i++) {
+    if (task.parts[i].l[row] == 0) continue;
+    const float factor = __builtin_exp2f(task.parts[i].m[row] - top);
+    sum += factor * task.parts[i].l[row];
+    add_scaled(rotated, task.parts[i].o + row * width, factor, width);
+  }
+  float o[HOMKV_MAX_HEAD_DIM] = {};
+  for (int c = 0; c < layout.num_v; c++) {
+    float* x = rotated + padded_offset(layout, c);
+    rotate_class(x, layout.v[c]);
+    for (int i = 0; i < layout.v[c].width; i++) o[layout.v[c].start + i] = x[i];
+  }
+  if (task.parts[exact].l[row] != 0) {
+    const float factor = __builtin_exp2f(task.parts[exact].m[row] - top);
+    sum += factor * task.parts[exact].l[row];
+    add_scaled(o, task.parts[exact].o + row * dim, factor, dim);
+  }
+  const float inverse = sum > 0 ? 1 / sum : 0;
+  for (int i = 0; i < dim; i++) task.o[row * dim + i] = o[i] * inverse;
+  task.lse[row] = sum > 0 ? (top + __builtin_log2f(sum)) * LN_2 : -__builtin_inff();
+}
+
+void merge(const MergeTask& task) {
+  for (int row = 0; row < task.args->rows; row++) merge_row(task, row);
+}
+
+}  // namespace HOMKV_ISA
+}  // namespace homkv
