@@ -215,6 +215,7 @@ class PagedCache:
         pages; pages that become due are sealed after the attention. Raises CapacityError before anything is
         stored; FormatError for values that cannot be stored (free the sequences of the batch then).
         """
+        self._check_batch(seq_ids, q, k, v)
         if real is not None and bool(real.all()):
             real = None
         lengths = [q.shape[2]] * len(seq_ids) if real is None else real.sum(1).tolist()
@@ -228,6 +229,18 @@ class PagedCache:
             if lengths[i]:
                 out[i, :, at] = self._attend_chunk(layer, seq_id, q[i, :, at], k[i, :, at], v[i, :, at], softmax_scale)
         return out
+
+    def _check_batch(self, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor) -> None:
+        batch, groups, dim = len(seq_ids), self.num_kv_heads, self.codec.head_dim
+        kv = (batch, groups, q.shape[2] if q.ndim == 4 else -1, dim)
+        q_fits = q.ndim == 4 and q.shape[0] == batch and q.shape[1] % groups == 0 and q.shape[3] == dim
+        if not q_fits or tuple(k.shape) != kv or tuple(v.shape) != kv:
+            raise ShapeError(
+                f"expected q [B={batch}, H multiple of {groups}, T, D={dim}] and k v [B, G={groups}, T, D], found "
+                f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; nothing was stored"
+            )
+        if len(set(seq_ids)) != batch:
+            raise HomkvError(f"expected every sequence once in a batch, found {seq_ids}; fork what continues twice")
 
     def _pages_after(self, layer: int, seq_id: int, new_tokens: int) -> int:
         return self.codec.num_pages(self.num_tokens(seq_id, layer) + new_tokens)
@@ -300,10 +313,11 @@ class PagedCache:
         pages = (n, self.num_kv_heads, self.codec.page_bytes)
         exact = (self.num_kv_heads, self.codec.num_exact(content.num_tokens), self.codec.head_dim)
         found = (tuple(content.pages.shape), tuple(content.exact_k.shape), tuple(content.exact_v.shape))
-        if found != (pages, exact, exact) or content.exact_k.dtype != self.exact_dtype:
+        dtypes = (content.pages.dtype, content.exact_k.dtype, content.exact_v.dtype)
+        if found != (pages, exact, exact) or dtypes != (torch.uint8, self.exact_dtype, self.exact_dtype):
             raise ShapeError(
-                f"expected pages {pages} and exact tokens {exact} in {self.exact_dtype}, found {found} in "
-                f"{content.exact_k.dtype}; both sides must use the same format and model"
+                f"expected uint8 pages {pages} and exact tokens {exact} in {self.exact_dtype}, found {found} in "
+                f"{dtypes}; both sides must use the same format and model"
             )
         self._reserve([(sequence, n)])
         self._commit(layer, sequence, 0, content)
@@ -327,4 +341,4 @@ class PagedCache:
                         )
 
     def _digest(self, layer: int, block: int) -> int:
-        return xxhash.xxh3_64_intdigest(self._pools[layer][block].numpy())
+        return xxhash.xxh3_64_intdigest(self._pools[layer][block].numpy().data)

@@ -42,7 +42,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """Orthonormal Walsh-Hadamard transform of consecutive blocks of the last dimension. Its own inverse."""
     shape, h = x.shape, 1
     while h < block:
-        x = x.reshape(*shape[:-1], -1, 2, h)
+        x = x.reshape(*shape[:-1], shape[-1] // (2 * h), 2, h)
         x = torch.stack((x[..., 0, :] + x[..., 1, :], x[..., 0, :] - x[..., 1, :]), dim=-2)
         h *= 2
     scale = torch.tensor(block**-0.5, dtype=torch.float32).item() if x.dtype == torch.float32 else block**-0.5
@@ -59,8 +59,8 @@ def encode_scales(s: Tensor, *, up: bool) -> Tensor:
     byte = ((s.view(torch.int32) + ((1 << 20) - 1 if up else 1 << 19)) >> 20) - (103 << 3)
     if byte.numel() and int(byte.max()) > 255:
         raise FormatError(
-            f"expected row scales up to 240, found {float(s.max()):.4g}; keys or values this large cannot be quantized: "
-            "use --kv-cache-dtype fp16"
+            f"expected row scales up to 240, found {float(s.max()):.4g}; keys or values this large cannot be "
+            "quantized: use --kv-cache-dtype fp16"
         )
     return byte.clamp(min=0).to(torch.uint8)
 
