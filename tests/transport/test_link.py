@@ -276,7 +276,9 @@ def test_limits_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "key"), [("nonsense", SERVER_KEY), (ANY_PORT, "short"), ("tcp://[:1", SERVER_KEY)]
+    ("endpoint", "key"),
+    [("nonsense", SERVER_KEY), (ANY_PORT, "short"), ("tcp://[:1", SERVER_KEY)],
+    ids=["no address", "short key", "broken host"],  # the key is random: it must not name the test
 )
 def test_a_wrong_address_is_a_typed_error(endpoint: str, key: str) -> None:
     with pytest.raises(LinkError, match="expected"):
