@@ -144,6 +144,7 @@ class PagedCache:
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()  # what is stored must not keep the graphs of all tokens alive
     def append(self, layer: int, seq_id: int, k: Tensor, v: Tensor) -> None:
         """Store tokens ``k v [G, T, D]`` behind what the layer holds, sealing pages that are due.
 
@@ -198,6 +199,7 @@ class PagedCache:
             slots=slots,
         )
 
+    @torch.no_grad()
     def attend(
         self,
         layer: int,

@@ -56,10 +56,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None) -> Tensor:
         """Store ``k v [B, G, T, D]`` and attend with ``q [B, H, T, D]``; ``mask [B, seen + T]`` marks real tokens."""
+        self.is_pending = False
         real = None if mask is None else mask[:, -q.shape[2] :].bool()
         out = self.owner.attend(self.layer, q, k, v, softmax_scale, real)
         self.num_seen += q.shape[2]
-        self.is_pending = False
         return out
 
     def get_seq_length(self) -> int:
@@ -196,6 +196,10 @@ def attention_forward(
             raise UnsupportedError(f"expected plain causal attention, found {name}; this model does not run on pages")
     if dropout:
         raise UnsupportedError(f"expected dropout 0, found {dropout}; call model.eval() first")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedError(
+            f"expected a padding mask [B, tokens], found {attention_mask.ndim} dimensions; pages attend causally only"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(key, "homkv_layer", None)
     if layer is not None:
@@ -254,6 +258,13 @@ class Attachment:
                 f"expected no past_key_values or a homkv cache, found a {type(past).__name__} with tokens; start the "
                 "prompt inside the block"
             )
+        if getattr(past, "homkv_replaced", False):  # it stayed empty: going on with it would forget the prompt
+            raise UnsupportedError(
+                f"expected the past_key_values that the model returned, found the {type(past).__name__} it replaced; "
+                "pass the returned cache, or start with new_cache()"
+            )
+        if past is not None:
+            past.homkv_replaced = True
         self.last_cache = self.new_cache()
         return args, kwargs | {"past_key_values": self.last_cache}
 
