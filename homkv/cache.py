@@ -7,6 +7,7 @@ window, and never again; so sequences can share pages by reference.
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -52,9 +53,10 @@ class PagedCache:
         exact_shape = (max_sequences, num_kv_heads, codec.num_sinks + codec.max_window, codec.head_dim)
         self._exact_k = [torch.empty(exact_shape, dtype=exact_dtype) for _ in range(num_layers)]
         self._exact_v = [torch.empty(exact_shape, dtype=exact_dtype) for _ in range(num_layers)]
-        self._page_table = torch.zeros(max_sequences, max(num_blocks, 1), dtype=torch.int32)
-        self._num_pages = torch.zeros(num_layers, max_sequences, dtype=torch.int32)
-        self._exact_len = torch.zeros(num_layers, max_sequences, dtype=torch.int32)
+        # Counters in numpy: reading and writing single numbers of a tensor costs more than a small attention.
+        self._page_table = np.zeros((max_sequences, max(num_blocks, 1)), np.int32)
+        self._num_pages = np.zeros((num_layers, max_sequences), np.int32)
+        self._exact_len = np.zeros((num_layers, max_sequences), np.int32)
         self._digests: dict[tuple[int, int], int] = {}
         self._blocks = BlockPool(num_blocks)
         self._sequences: dict[int, _Sequence] = {}
@@ -132,7 +134,7 @@ class PagedCache:
 
     def _hold(self, sequence: _Sequence, blocks: list[int]) -> None:
         at = len(sequence.blocks)
-        self._page_table[sequence.slot, at : at + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        self._page_table[sequence.slot, at : at + len(blocks)] = blocks
         sequence.blocks = sequence.blocks + blocks
 
     def _reserve(self, growth: list[tuple[_Sequence, int]]) -> None:
@@ -185,18 +187,17 @@ class PagedCache:
 
     def view(self, layer: int, seq_ids: list[int], extra: int = 0) -> LayerView:
         """What attention reads: pages by reference, exact tokens in place, ``extra`` uncommitted ones included."""
-        slots = torch.tensor([self._sequence(s).slot for s in seq_ids], dtype=torch.int32)
-        index = slots.long()
-        num_pages = self._num_pages[layer][index]
-        widest = max(int(num_pages.max()), 1) if seq_ids else 1
+        slots = np.array([self._sequence(s).slot for s in seq_ids], np.int32)
+        num_pages = self._num_pages[layer, slots]
+        widest = max(num_pages.max(initial=0), 1)
         return LayerView(
             pool=self._pools[layer],
-            page_table=self._page_table[index, :widest].contiguous(),
-            num_pages=num_pages,
+            page_table=torch.from_numpy(np.ascontiguousarray(self._page_table[slots, :widest])),
+            num_pages=torch.from_numpy(num_pages),
             exact_k=self._exact_k[layer],
             exact_v=self._exact_v[layer],
-            exact_len=self._exact_len[layer][index] + extra,
-            slots=slots,
+            exact_len=torch.from_numpy(self._exact_len[layer, slots] + np.int32(extra)),
+            slots=torch.from_numpy(slots),
         )
 
     @torch.no_grad()
@@ -257,7 +258,7 @@ class PagedCache:
         self._exact_k[layer][slots, :, at] = new_k
         self._exact_v[layer][slots, :, at] = new_v
         o, _ = api.attend(q, view, self.codec, softmax_scale, impl=self.impl)
-        self._exact_len[layer][slots] += 1
+        self._exact_len[layer, slots.numpy()] += 1
         for seq_id in seq_ids:
             self._settle(layer, seq_id)
         return o.to(q.dtype)
