@@ -261,6 +261,24 @@ def test_rounded_outputs_stay_within_half_a_weight_step(kind: str) -> None:
         assert error.max() > 0
 
 
+def test_queries_and_weights_that_eight_bits_hold_are_not_changed() -> None:
+    codec = make("k4444v2222")
+    pages = codec.encode(*tokens("outliers", 128, 64))
+    (key_class,), (value_class,) = codec.layout.k_classes, codec.layout.v_classes
+    integers = torch.randint(-127, 128, (5, 64)).double()
+    integers[:, 7] = 127
+    q = torch.empty_like(integers)
+    q[:, codec.order] = class_slice(integers, key_class)
+    assert_relative(
+        codec.scores(q, pages, dtype=torch.float64), codec.scores(q, pages, UNROUNDED, torch.float64), 1e-12
+    )
+    integers = torch.randint(0, 256, (5, 2, 64)).double()
+    integers[..., 9] = 255
+    scales = decode_scales(read_rows(pages, value_class, is_key=False).scales, torch.float64)
+    p = (integers / scales).flatten(1)
+    assert_relative(codec.weigh(p, pages, dtype=torch.float64), codec.weigh(p, pages, UNROUNDED, torch.float64), 1e-12)
+
+
 def test_weights_that_underflow_do_no_harm() -> None:
     """Softmax weights of a far page are subnormal float32; 255 / max would be infinite."""
     codec = make("balanced")
