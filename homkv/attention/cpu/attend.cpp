@@ -17,95 +17,104 @@ inline const uint8_t* page_at(const homkv_attend_args& a, int batch, int head, i
   return a.pool + (block * a.heads + head) * a.layout->page_bytes;
 }
 
+constexpr int FETCH_DISTANCE = 2;  // pages: one is too late where memory is slow, three are no better
+
 void attend_pages(const AttendTask& task) {
   const homkv_attend_args& a = *task.args;
   const homkv_layout& layout = *a.layout;
-  const int64_t row = ((int64_t)task.batch * a.heads + task.head) * a.rows + task.row0;
-  const int o_stride = padded_offset(layout, layout.num_v);
-  reset(task.out, task.rows, o_stride);
-  if (task.first >= task.last) return;
-  QueryTile query;
-  query.prepare(layout, a.q + row * layout.head_dim, task.rows, a.softmax_scale);
-  for (int p = task.first; p < task.last; p++) {
-    const uint8_t* page = page_at(a, task.batch, task.head, p);
-    if (p + 1 < task.last) {
-      const uint8_t* next = page_at(a, task.batch, task.head, p + 1);
-      for (int i = 0; i < layout.page_bytes; i += 64) __builtin_prefetch(next + i);
+  Running state(task.out, task.rows, padded_offset(layout, layout.num_v));
+  if (task.first < task.last) {
+    const int64_t row = ((int64_t)task.batch * a.heads + task.head) * a.rows + task.row0;
+    QueryTile query;
+    query.prepare(layout, a.q + row * layout.head_dim, task.rows, a.softmax_scale);
+    for (int p = task.first; p < task.last; p++) {
+      const uint8_t* page = page_at(a, task.batch, task.head, p);
+      const uint8_t* later = page_at(a, task.batch, task.head, min_int(p + FETCH_DISTANCE, task.last - 1));
+      attend_page(layout, page, (intptr_t)later - (intptr_t)page, query, state);
     }
-    attend_page(layout, page, query, task.rows, o_stride, task.out);
   }
+  state.finish(task.out);
 }
 
-// --- exact tokens: sinks and window -----------------------------------------------------------------------------------------------
+// --- exact tokens: sinks and window ------------------------------------------------------------------------------------
 
-// Scores of R rows against `tokens` keys of the model's dtype, in float32.
+// Scores of R rows against `tokens` keys of the model's dtype, in float32; VL / R tokens at a time.
 template <int DTYPE, int R>
 void exact_scores(const void* k, int64_t at, int tokens, int dim, const float* q, float (*s)[64]) {
+  constexpr int step = VL / R;
+  for (int t = 0; t < 64; t += step) {
+    vf acc[VL];
+    UNROLL for (int i = 0; i < VL; i++) acc[i] = vf{};
+    for (int c = 0; t < tokens && c < dim; c += VL) {
+      UNROLL for (int i = 0; i < step; i++) {
+        const vf x = load_as_float<DTYPE>(k, at + (int64_t)min_int(t + i, tokens - 1) * dim + c);
+        UNROLL for (int r = 0; r < R; r++)
+          acc[r * step + i] = fma(x, load<vf>(q + r * HOMKV_MAX_HEAD_DIM + c), acc[r * step + i]);
+      }
+    }
+    float sums[VL];
+    store(sums, sum_each(acc));
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < step; i++) s[r][t + i] = t + i < tokens ? sums[r * step + i] : -__builtin_inff();
+  }
+}
+
+// o[r] += sum of p[r][t] v[t] for N vectors of channels from c on.
+template <int DTYPE, int R, int N>
+inline void exact_block(const void* v, int64_t at, int tokens, int dim, const float (*p)[64], float* o) {
+  vf acc[R][N];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int n = 0; n < N; n++) acc[r][n] = load<vf>(o + r * dim + n * VL);
   for (int t = 0; t < tokens; t++) {
-    vf acc[R] = {};
-    for (int c = 0; c < dim; c += VL) {
-      vf x = load_as_float<DTYPE>(k, at + (int64_t)t * dim + c);
-      for (int r = 0; r < R; r++) acc[r] = fma(x, load<vf>(q + r * HOMKV_MAX_HEAD_DIM + c), acc[r]);
-    }
-    for (int r = 0; r < R; r++) s[r][t] = sum_lanes(acc[r]);
+    vf x[N];
+    UNROLL for (int n = 0; n < N; n++) x[n] = load_as_float<DTYPE>(v, at + (int64_t)t * dim + n * VL);
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int n = 0; n < N; n++) acc[r][n] = fma(x[n], splat(p[r][t]), acc[r][n]);
   }
-  for (int r = 0; r < R; r++)
-    for (int t = tokens; t < 64; t++) s[r][t] = -__builtin_inff();
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int n = 0; n < N; n++) store(o + r * dim + n * VL, acc[r][n]);
 }
 
 template <int DTYPE, int R>
-void exact_values(const void* v, int64_t at, int tokens, int dim, const float (*p)[64], const float* weight, float* o) {
-  for (int c = 0; c < dim; c += VL) {
-    vf acc[R] = {};
-    for (int t = 0; t < tokens; t++) {
-      vf x = load_as_float<DTYPE>(v, at + (int64_t)t * dim + c);
-      for (int r = 0; r < R; r++) acc[r] = fma(x, splat(p[r][t]), acc[r]);
-    }
-    for (int r = 0; r < R; r++) {
-      float* to = o + r * dim + c;
-      store(to, fma(acc[r], splat(weight[r]), load<vf>(to)));
-    }
-  }
-}
-
-template <int DTYPE, int R>
-void exact_rows(const AttendTask& task, const float* q, int row) {
+void exact_rows(const AttendTask& task, const float* q, int row, Running& state) {
   const homkv_attend_args& a = *task.args;
   const int dim = a.layout->head_dim;
-  const int64_t slot = a.slots[task.batch];
-  const int64_t base = (slot * a.heads + task.head) * a.exact_tokens * dim;
+  const int64_t base = ((int64_t)a.slots[task.batch] * a.heads + task.head) * a.exact_tokens * dim;
   alignas(64) float s[R][64];
   for (int t = task.first; t < task.last; t += 64) {
     const int tokens = min_int(task.last - t, 64);
     const int64_t at = base + (int64_t)t * dim;
     exact_scores<DTYPE, R>(a.exact_k, at, tokens, dim, q + row * HOMKV_MAX_HEAD_DIM, s);
-    float weight[R];
-    softmax_tile<R>(s, task.out, row, dim, weight);
-    exact_values<DTYPE, R>(a.exact_v, at, tokens, dim, s, weight, task.out.o + row * dim);
+    softmax_tile<R>(s, state, row);
+    float* o = state.o + row * dim;
+    int c = 0;
+    for (; c + 2 * VL <= dim; c += 2 * VL) exact_block<DTYPE, R, 2>(a.exact_v, at + c, tokens, dim, s, o + c);
+    for (; c < dim; c += VL) exact_block<DTYPE, R, 1>(a.exact_v, at + c, tokens, dim, s, o + c);
   }
 }
 
 template <int DTYPE>
-void exact_tile(const AttendTask& task, const float* q) {
+void exact_tile(const AttendTask& task, const float* q, Running& state) {
   for (int row = 0; row < task.rows;) {
     const int left = task.rows - row;
-    if (left >= 4) exact_rows<DTYPE, 4>(task, q, row), row += 4;
-    else if (left >= 2) exact_rows<DTYPE, 2>(task, q, row), row += 2;
-    else exact_rows<DTYPE, 1>(task, q, row), row += 1;
+    if (left >= 4) exact_rows<DTYPE, 4>(task, q, row, state), row += 4;
+    else if (left >= 2) exact_rows<DTYPE, 2>(task, q, row, state), row += 2;
+    else exact_rows<DTYPE, 1>(task, q, row, state), row += 1;
   }
 }
 
 void attend_exact(const AttendTask& task) {
   const homkv_attend_args& a = *task.args;
   const int dim = a.layout->head_dim;
+  Running state(task.out, task.rows, dim);
   float q[TILE_ROWS * HOMKV_MAX_HEAD_DIM];
   const float* from = a.q + (((int64_t)task.batch * a.heads + task.head) * a.rows + task.row0) * dim;
   for (int r = 0; r < task.rows; r++)
     for (int c = 0; c < dim; c++) q[r * HOMKV_MAX_HEAD_DIM + c] = from[r * dim + c] * (a.softmax_scale * LOG2_E);
-  reset(task.out, task.rows, dim);
-  if (a.exact_dtype == HOMKV_F32) exact_tile<HOMKV_F32>(task, q);
-  else if (a.exact_dtype == HOMKV_F16) exact_tile<HOMKV_F16>(task, q);
-  else exact_tile<HOMKV_BF16>(task, q);
+  if (a.exact_dtype == HOMKV_F32) exact_tile<HOMKV_F32>(task, q, state);
+  else if (a.exact_dtype == HOMKV_F16) exact_tile<HOMKV_F16>(task, q, state);
+  else exact_tile<HOMKV_BF16>(task, q, state);
+  state.finish(task.out);
 }
 
 // --- merge ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@
 #define HOMKV_VECTOR_HPP
 #include <stdint.h>
 
+// Loops over registers: accumulators stay in them only if every index is a constant.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace homkv {
 namespace HOMKV_ISA {
 
@@ -28,26 +31,22 @@ inline int32_t load_dword(const void* p) {
 inline int min_int(int a, int b) { return a < b ? a : b; }
 inline float max_float(float a, float b) { return a > b ? a : b; }
 
-template <class F>
-inline float fold(vf x, F combine) {
-  float part[VL];
-  store(part, x);
-  for (int n = VL / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) part[i] = combine(part[i], part[i + n]);
-  return part[0];
-}
-inline float sum_lanes(vf x) {
-  return fold(x, [](float a, float b) { return a + b; });
-}
-inline float max_lanes(vf x) {
-  return fold(x, [](float a, float b) { return a > b ? a : b; });
-}
-
 inline bool any(vi mask) {
   int32_t part[VL], found = 0;
   store(part, mask);
   for (int i = 0; i < VL; i++) found |= part[i];
   return found != 0;
+}
+
+// Lane i of the result is the sum over the lanes of x[i], for VL vectors. Destroys x.
+inline vf sum_each(vf* x) {
+  UNROLL for (int n = VL / 2; n; n /= 2)
+    UNROLL for (int i = 0; i < n; i++) {
+      vf low, high;
+      interleave(x[i], x[i + n], low, high);
+      x[i] = low + high;
+    }
+  return x[0];
 }
 
 // 2^x for x <= 0; results below 2^-126 become 2^-126. Relative error below 2e-7 (minimax polynomial of degree 5).

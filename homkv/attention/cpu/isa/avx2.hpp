@@ -8,6 +8,7 @@ namespace HOMKV_ISA {
 constexpr int VL = 8;
 constexpr int MAX_ROWS = 2;
 constexpr int V_BLOCKS = 4;
+constexpr bool VALUE_OFFSETS = true;  // some ValueCodes have an offset, which takes the sum of the weights
 
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
@@ -17,6 +18,7 @@ inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 inline vf floor(vf x) { return (vf)_mm256_floor_ps((__m256)x); }
 inline vf round(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
+inline bool any_greater(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0; }
 inline vi round_int(vf x) { return (vi)_mm256_cvtps_epi32((__m256)x); }
 inline vf to_float(vi x) { return (vf)_mm256_cvtepi32_ps((__m256i)x); }
 inline vf ldexp(vf x, vf n) { return (vf)((vi)x + (round_int(n) << 23)); }
@@ -27,7 +29,24 @@ inline void store_u8(void* p, vi x) {
   __m128i lo = _mm256_castsi256_si128((__m256i)x), hi = _mm256_extracti128_si256((__m256i)x, 1);
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(_mm_packus_epi32(lo, hi), lo));
 }
+inline void store_u8x64(void* p, const vi* x) {  // 64 / VL vectors of 0..255
+  const __m256i dwords = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int i = 0; i < 2; i++, x += 4) {
+    __m256i low = _mm256_packus_epi32((__m256i)x[0], (__m256i)x[1]), high = _mm256_packus_epi32((__m256i)x[2], (__m256i)x[3]);
+    _mm256_storeu_si256((__m256i*)p + i, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), dwords));
+  }
+}
 inline void store_f16(void* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
+inline float sum_lanes(vf x) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_lanes(vf x) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 
 // a0 b0 a1 b1 ... : one step of a transposition.
 inline void interleave(vf a, vf b, vf& low, vf& high) {

@@ -7,6 +7,7 @@ namespace HOMKV_ISA {
 constexpr int VL = 4;
 constexpr int MAX_ROWS = 4;
 constexpr int V_BLOCKS = 4;
+constexpr bool VALUE_OFFSETS = true;  // some ValueCodes have an offset, which takes the sum of the weights
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -16,6 +17,7 @@ inline vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b)
 inline vf floor(vf x) { return (vf)vrndmq_f32((float32x4_t)x); }
 inline vf round(vf x) { return (vf)vrndnq_f32((float32x4_t)x); }
 inline vf sqrt(vf x) { return (vf)vsqrtq_f32((float32x4_t)x); }
+inline bool any_greater(vf a, vf b) { return vmaxvq_u32(vcgtq_f32((float32x4_t)a, (float32x4_t)b)) != 0; }
 inline vi round_int(vf x) { return (vi)vcvtnq_s32_f32((float32x4_t)x); }
 inline vf to_float(vi x) { return (vf)vcvtq_f32_s32((int32x4_t)x); }
 inline vf ldexp(vf x, vf n) { return (vf)((vi)x + (round_int(n) << 23)); }
@@ -31,7 +33,12 @@ inline void store_u8(void* p, vi x) {
   uint64_t bytes = vget_lane_u64(vreinterpret_u64_u8(vmovn_u16(vcombine_u16(half, half))), 0);
   __builtin_memcpy(p, &bytes, 4);
 }
-inline void store_f16(void* p, vf x) { vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x))); }
+inline void store_u8x64(void* p, const vi* x) {  // 64 / VL vectors of 0..255
+  for (int i = 0; i < 64 / VL; i++) store_u8((uint8_t*)p + i * VL, x[i]);
+}
+inline void store_f16(void* p, vf x) { vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x))); }inline float sum_lanes(vf x) { return vaddvq_f32((float32x4_t)x); }
+inline float max_lanes(vf x) { return vmaxvq_f32((float32x4_t)x); }
+
 // a0 b0 a1 b1 ... : one step of a transposition.
 inline void interleave(vf a, vf b, vf& low, vf& high) {
   low = (vf)vzip1q_f32((float32x4_t)a, (float32x4_t)b);

@@ -8,6 +8,7 @@ namespace HOMKV_ISA {
 constexpr int VL = 4;
 constexpr int MAX_ROWS = 2;
 constexpr int V_BLOCKS = 2;
+constexpr bool VALUE_OFFSETS = false;  // some ValueCodes have an offset, which takes the sum of the weights
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -49,6 +50,10 @@ inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf floor(vf x) { return each(x, [](float v) { return __builtin_floorf(v); }); }
 inline vf round(vf x) { return each(x, [](float v) { return __builtin_rintf(v); }); }
 inline vf sqrt(vf x) { return each(x, [](float v) { return __builtin_sqrtf(v); }); }
+inline bool any_greater(vf a, vf b) {
+  const vi greater = a > b;
+  return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
+}
 inline vi round_int(vf x) { return __builtin_convertvector(round(x), vi); }
 inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 inline vf ldexp(vf x, vf n) { return (vf)((vi)x + (round_int(n) << 23)); }
@@ -78,12 +83,20 @@ inline vi load_u16(const void* p) {
 inline void store_u8(void* p, vi x) {
   for (int i = 0; i < VL; i++) ((uint8_t*)p)[i] = (uint8_t)x[i];
 }
+inline void store_u8x64(void* p, const vi* x) {  // 64 / VL vectors of 0..255
+  for (int i = 0; i < 64 / VL; i++) store_u8((uint8_t*)p + i * VL, x[i]);
+}
 inline void store_f16(void* p, vf x) {
   for (int i = 0; i < VL; i++) {
     uint16_t h = float_to_half(x[i]);
     __builtin_memcpy((char*)p + 2 * i, &h, 2);
   }
+}inline float sum_lanes(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float max_lanes(vf x) {
+  float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
 }
+
 // a0 b0 a1 b1 ... : one step of a transposition.
 inline void interleave(vf a, vf b, vf& low, vf& high) {
   low = vf{a[0], b[0], a[1], b[1]};
