@@ -25,8 +25,8 @@ class BlockPool:
         """Raise CapacityError unless ``count`` blocks are free. Changes nothing."""
         if count > len(self._free):
             raise CapacityError(
-                f"expected {count} free page blocks, found {len(self._free)} of {self.num_blocks}; nothing was written: "
-                "free a sequence, shorten the request or build the cache with more blocks"
+                f"expected {count} free page blocks, found {len(self._free)} of {self.num_blocks}; nothing was "
+                "written: free a sequence, shorten the request or build the cache with more blocks"
             )
 
     def allocate(self, count: int) -> list[int]:
