@@ -17,7 +17,7 @@ from homkv.attention.prefill import causal_partial
 from homkv.attention.reference import merge_partials
 from homkv.attention.view import LayerView
 from homkv.blocks import BlockPool
-from homkv.errors import CapacityError, HomkvError, ShapeError, UnsupportedError
+from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
 from homkv.seal import LayerContent, seal, to_exact
 
@@ -253,14 +253,24 @@ class PagedCache:
     ) -> Tensor:
         """One token per sequence: written behind the window, attended in place, then committed."""
         new_k, new_v = to_exact(k[:, :, 0], self.exact_dtype, "keys"), to_exact(v[:, :, 0], self.exact_dtype, "values")
+        full = self.codec.num_sinks + self.codec.max_window
+        for seq_id in seq_ids:
+            if self._exact_len[layer, self._sequence(seq_id).slot] == full:
+                self._settle(layer, seq_id)  # sealing failed before, and fails with the same error now
         view = self.view(layer, seq_ids, extra=1)
         slots, at = view.slots.long(), view.exact_len.long() - 1
         self._exact_k[layer][slots, :, at] = new_k
         self._exact_v[layer][slots, :, at] = new_v
         o, _ = api.attend(q, view, self.codec, softmax_scale, impl=self.impl)
         self._exact_len[layer, slots.numpy()] += 1
+        failures = []
         for seq_id in seq_ids:
-            self._settle(layer, seq_id)
+            try:
+                self._settle(layer, seq_id)
+            except FormatError as error:  # one sequence's values must not keep the others from being sealed
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return o.to(q.dtype)
 
     def _settle(self, layer: int, seq_id: int) -> None:

@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from homkv.attention.prefill import causal
 from homkv.cache import PagedCache
-from homkv.errors import HomkvError, UnsupportedError
+from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
 from homkv.models.describe import measure_rope, probe_cache, refuse_unsupported
 from homkv.spec import DEFAULT_FORMAT
@@ -54,10 +54,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         keys.homkv_layer = self  # type: ignore[attr-defined]  # the attention function receives this very tensor
         return keys, value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
         """Store ``k v [B, G, T, D]`` and attend with ``q [B, H, T, D]``; ``mask [B, seen + T]`` marks real tokens."""
         self.is_pending = False
         real = None if mask is None else mask[:, -q.shape[2] :].bool()
+        if self.layer == 0 and positions is not None:
+            refuse_packed(positions, real)
         out = self.owner.attend(self.layer, q, k, v, softmax_scale, real)
         self.num_seen += q.shape[2]
         return out
@@ -71,8 +75,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         return self.num_seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """Tokens that a sequence can hold."""
-        return self.owner.max_tokens
+        """Tokens that a sequence can hold; -1 if only the pool bounds it."""
+        return -1 if self.owner.max_tokens is None else self.owner.max_tokens
 
     def reset(self) -> None:
         """Forget the tokens; the owner frees the sequences."""
@@ -86,7 +90,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
 class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """transformers' view of a PagedCache: one sequence per row of the batch.
 
-    ``max_tokens``: per sequence; memory is reserved for it but only touched as far as tokens are stored.
+    ``max_tokens``: per sequence, padding included; memory is reserved for it but only touched as far as tokens are
+    stored. None for adopted sequences: their cache decides.
     """
 
     def __init__(
@@ -95,7 +100,7 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         *,
         num_layers: int,
         num_kv_heads: int,
-        max_tokens: int,
+        max_tokens: int | None,
         exact_dtype: torch.dtype = torch.float16,
         impl: str | None = None,
     ) -> None:
@@ -119,12 +124,15 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     @classmethod
     def adopt(cls, paged: PagedCache, seq_ids: list[int]) -> "KVCache":
-        """Continue sequences that were loaded or computed elsewhere, for example received over the wire."""
+        """Continue sequences that were loaded or computed elsewhere, for example received over the wire.
+
+        Sequences of unequal length need ``position_ids`` at every forward pass: transformers counts from the longest.
+        """
         cache = cls(
             paged.codec,
             num_layers=paged.num_layers,
             num_kv_heads=paged.num_kv_heads,
-            max_tokens=max(paged.num_tokens(s) for s in seq_ids),
+            max_tokens=None,
         )
         cache._paged, cache.seq_ids = paged, list(seq_ids)
         for layer in cache.layers:
@@ -140,9 +148,16 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 f"expected the batch of {len(self.seq_ids)} sequences this cache was started with, found {q.shape[0]}; "
                 "use a new cache"
             )
+        longest = max(self.paged.num_tokens(s, layer) for s in self.seq_ids)
+        if self.max_tokens is not None and longest + q.shape[2] > self.max_tokens:
+            raise CapacityError(
+                f"expected at most {self.max_tokens} tokens in a sequence, found {longest} and {q.shape[2]} more; "
+                "nothing was stored: attach with a larger max_tokens"
+            )
         return self.paged.attend(layer, self.seq_ids, q, k, v, softmax_scale, real)
 
     def _open(self, batch: int) -> None:
+        assert self.max_tokens is not None  # only adopted caches have none, and they are open
         # Twice the slots and blocks: reordering beams forks every survivor before the old ones go.
         blocks = 2 * batch * (self.codec.num_pages(self.max_tokens) + 1)
         self._paged = PagedCache(self.codec, num_blocks=blocks, max_sequences=2 * batch, **self._settings)
@@ -179,6 +194,19 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         raise UnsupportedError("expected a fixed batch, found batch_select_indices(); use a new cache")
 
 
+def refuse_packed(positions: Tensor, real: Tensor | None) -> None:
+    """Raise UnsupportedError unless the real tokens of every row are consecutive: ``positions [B or 1, T]``.
+
+    Several documents in one row, told apart only by positions that start again, would see each other.
+    """
+    for row in range(positions.shape[0]):
+        found = positions[row] if real is None else positions[row][real[row]]
+        if bool((found.diff() != 1).any()):
+            raise UnsupportedError(
+                f"expected consecutive positions, found {found.tolist()[:8]} …; put each document in a row of its own"
+            )
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -203,7 +231,7 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(key, "homkv_layer", None)
     if layer is not None:
-        o = layer.attend(query, key, value, scale, attention_mask)
+        o = layer.attend(query, key, value, scale, attention_mask, kwargs.get("position_ids"))
     elif attention_mask is None and query.shape[2] == key.shape[2]:
         o = causal(query, key, value, scale)  # a forward pass that keeps no cache
     else:

@@ -274,6 +274,23 @@ def test_rows_too_large_for_a_page_store_nothing() -> None:
     cache.check()
 
 
+def test_a_row_too_large_to_seal_harms_no_other_sequence() -> None:
+    cache = make_cache(max_sequences=2, num_blocks=8)
+    good, bad = cache.new_sequence(), cache.new_sequence()
+    k, v = tokens(131)  # one token before the first page is sealed
+    for seq_id, scale in ((good, 1.0), (bad, 6e4)):
+        append(cache, seq_id, k.sign() * scale, v)
+    q, k, v = (torch.randn(2, heads, 1, 64) for heads in (4, cache.num_kv_heads, cache.num_kv_heads))
+    for _ in range(2):
+        with pytest.raises(FormatError, match="row scales"):
+            cache.attend(0, [bad, good], q, k, v, 0.125)
+    assert cache.export_layer(0, good).pages.shape[0] == 1
+    assert cache.num_tokens(bad) == cache.num_tokens(good) == 132
+    cache.free(bad)
+    cache.attend(0, [good], q[:1], k[:1], v[:1], 0.125)
+    assert cache.num_tokens(good) == 133
+
+
 def test_wrong_shapes_are_refused() -> None:
     cache, seq_id = filled("balanced", 10)
     k, v = tokens(5)

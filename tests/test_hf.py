@@ -250,10 +250,10 @@ def test_a_full_cache_refuses_and_can_go_on_afterwards() -> None:
     with attached(model, max_tokens=64) as attachment:
         cache = attachment.new_cache()
         model(ids[:, :60], past_key_values=cache)
-        with pytest.raises(CapacityError, match="free page blocks"):
+        with pytest.raises(CapacityError, match="at most 64 tokens"):
             model(ids[:, 60:], past_key_values=cache)
-        expected = model(ids[:, :70]).logits[:, -1:]
-        assert_relative(model(ids[:, 60:70], past_key_values=cache).logits[:, -1:], expected, 5e-3)
+        expected = model(ids[:, :64]).logits[:, -1:]
+        assert_relative(model(ids[:, 60:64], past_key_values=cache).logits[:, -1:], expected, 5e-3)
 
 
 def test_without_a_cache_attention_is_the_models_own() -> None:
@@ -327,3 +327,9 @@ def test_16_bit_models_run(dtype: torch.dtype, name: str) -> None:
         out = generate(model, ids, output_logits=True, return_dict_in_generate=True)
     assert all(torch.isfinite(logits).all() for logits in out.logits)
     assert attachment.last_cache.paged.exact_dtype == dtype
+
+
+def test_packed_documents_are_refused() -> None:
+    model, ids = llama(), prompts(1, 8)
+    with attached(model), pytest.raises(UnsupportedError, match="row of its own"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]))

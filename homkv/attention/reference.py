@@ -26,7 +26,11 @@ def sequence_parts(view: LayerView, b: int, codec: PageCodec) -> tuple[Tensor, T
     sinks = min(codec.num_sinks, length)
     first = sinks + n * codec.page_tokens
     k_win, v_win = codec.see_window(k[:, sinks:], v[:, sinks:], first)
-    return pages, torch.cat((k[:, :sinks].to(k_win.dtype), k_win), 1), torch.cat((v[:, :sinks].to(v_win.dtype), v_win), 1)
+    return (
+        pages,
+        torch.cat((k[:, :sinks].to(k_win.dtype), k_win), 1),
+        torch.cat((v[:, :sinks].to(v_win.dtype), v_win), 1),
+    )
 
 
 def _one_sequence(
@@ -66,9 +70,7 @@ def attend(
     groups = view.pool.shape[1]
     b, h, t, d = q.shape
     rows = q.to(dtype).reshape(b, groups, h // groups * t, d)
-    outs = [
-        _one_sequence(rows[i], sequence_parts(view, i, codec), codec, softmax_scale, rounding) for i in range(b)
-    ]
+    outs = [_one_sequence(rows[i], sequence_parts(view, i, codec), codec, softmax_scale, rounding) for i in range(b)]
     o = torch.stack([x[0] for x in outs]).reshape(b, h, t, d)
     return o, torch.stack([x[1] for x in outs]).reshape(b, h, t)
 
