@@ -4,7 +4,7 @@
 #   make demo ARGS="--link-gbps 10"      the same over a slower link; homkv demo --help lists the rest
 #   make test                            all tests; ARGS="-k rope" for some
 #   make lint                            ruff, mypy, layering
-#   make bench                           time attention on pages against attention on fp16
+#   make bench                           time attention on pages against the fastest torch call on unpacked KV
 #   make doctor                          say what is here and what is missing
 #   make clean                           remove .venv and everything built
 #
@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 bench: setup
-	@$(BIN)/homkv bench $(ARGS)
+	@$(BIN)/homkv bench attention $(ARGS)
 
 doctor: setup
 	@$(BIN)/homkv doctor $(ARGS)
