@@ -1,5 +1,5 @@
 // The C ABI between binding.py and the kernels. binding.py mirrors every struct field by field: raise HOMKV_CPU_ABI
-// with any change. All pointers are valid for the call only; the caller has checked shapes and index ranges.
+// with any change. All pointers are valid for the call only. The caller has checked shapes; index ranges are checked here.
 #ifndef HOMKV_CPU_ABI_H
 #define HOMKV_CPU_ABI_H
 #include <stdint.h>
@@ -23,6 +23,7 @@ enum {
   HOMKV_VALUES_NOT_FINITE = 4,
   HOMKV_MEAN_RANGE = 5,        // encode: a key mean beyond fp16
   HOMKV_SCALE_RANGE = 6,       // encode: a scale above 240
+  HOMKV_INDEX_RANGE = 7,       // a count or an index outside its array; nothing was written
 };
 
 typedef struct {
@@ -48,6 +49,7 @@ typedef struct {
   float* o;                   // [batch, heads, rows, head_dim]
   float* lse;                 // [batch, heads, rows], natural logarithm
   float softmax_scale;
+  int32_t num_blocks, num_slots;  // of pool and exact_k
   int32_t batch, heads, rows, max_pages, exact_tokens, exact_dtype;
   int32_t pages_per_split;    // part of the result's rounding; never derived from the thread count
   int32_t threads, isa;       // isa: index into homkv_isa_name(), -1 for the best
@@ -60,6 +62,7 @@ typedef struct {
   int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride;  // elements
   uint8_t* pages;             // [*, heads, page_bytes]
   const int32_t* block_ids;   // [num_pages] first index into pages; null: 0, 1, 2 ...
+  int32_t num_blocks;         // of pages
   int32_t heads, num_pages, dtype;
   int32_t threads, isa;
 } homkv_encode_args;

@@ -72,6 +72,26 @@ const Kernels* choose(int isa) {
   return isa < (int)found.size() ? found[isa] : nullptr;
 }
 
+bool in_range(int32_t x, int32_t stop) { return x >= 0 && x < stop; }
+
+bool indices_fit(const homkv_attend_args& a) {
+  for (int b = 0; b < a.batch; b++) {
+    if (!in_range(a.num_pages[b], a.max_pages + 1) || !in_range(a.exact_len[b], a.exact_tokens + 1) ||
+        !in_range(a.slots[b], a.num_slots))
+      return false;
+    for (int p = 0; p < a.num_pages[b]; p++)
+      if (!in_range(a.page_table[(size_t)b * a.max_pages + p], a.num_blocks)) return false;
+  }
+  return true;
+}
+
+bool indices_fit(const homkv_encode_args& a) {
+  if (!a.block_ids) return a.num_pages <= a.num_blocks;
+  for (int i = 0; i < a.num_pages; i++)
+    if (!in_range(a.block_ids[i], a.num_blocks)) return false;
+  return true;
+}
+
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Scratch of one attend call: per kv head of a sequence, one partial per split of its pages and one for exact tokens.
@@ -137,6 +157,7 @@ extern "C" const char* homkv_isa_name(int isa) {
 extern "C" int homkv_attend(const homkv_attend_args* args) try {
   const Kernels* kernels = choose(args->isa);
   if (!kernels) return HOMKV_NO_ISA;
+  if (!indices_fit(*args)) return HOMKV_INDEX_RANGE;
   const Plan plan(*args);
   auto attend = [&](int task) { plan.attend(*kernels, task); };
   auto merge = [&](int pair) { plan.merge(*kernels, pair); };
@@ -150,6 +171,7 @@ extern "C" int homkv_attend(const homkv_attend_args* args) try {
 extern "C" int homkv_encode(const homkv_encode_args* args) try {
   const Kernels* kernels = choose(args->isa);
   if (!kernels) return HOMKV_NO_ISA;
+  if (!indices_fit(*args)) return HOMKV_INDEX_RANGE;
   const int pages = args->num_pages * args->heads, per_task = kernels->encode_lanes;
   std::vector<int> status(ceil_div(pages, per_task));
   auto encode = [&](int task) {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from homkv.errors import FormatError, HomkvError, UnsupportedError
-from homkv.spec import ChannelClass, PageLayout
+from homkv.errors import FormatError, HomkvError, ShapeError, UnsupportedError
+from homkv.spec import HEAD_DIMS, PAGE_TOKENS, ChannelClass, PageLayout
 
 ABI = 1  # HOMKV_CPU_ABI of abi.h
 MAX_CLASSES, MAX_HEAD_DIM = 4, 256
@@ -20,9 +20,10 @@ NOT_BUILT = (
     "expected the native CPU kernel, found none (it was not built): install a C++ compiler (g++ or clang++) and "
     'reinstall homkv, or pass impl="reference"'
 )
-OK, NO_ISA, NO_MEMORY = 0, 1, 2
+OK, NO_ISA, NO_MEMORY, INDEX_RANGE = 0, 1, 2, 7
 FORMAT_ERRORS = {
-    3: "expected finite keys, found NaN or infinity; the model overflowed before quantization: compute it in a wider dtype",
+    3: "expected finite keys, found NaN or infinity; the model overflowed before quantization: compute it in a wider "
+    "dtype",
     4: "expected finite values, found NaN or infinity; the model overflowed before quantization: compute it in a wider "
     "dtype",
     5: "expected key means within fp16 (65504), found a larger one; use --kv-cache-dtype fp16",
@@ -60,6 +61,7 @@ class AttendArgs(Structure):
             )
         ),
         ("softmax_scale", c_float),
+        *((name, c_int32) for name in ("num_blocks", "num_slots")),
         *((name, c_int32) for name in ("batch", "heads", "rows", "max_pages", "exact_tokens", "exact_dtype")),
         *((name, c_int32) for name in ("pages_per_split", "threads", "isa")),
     ]
@@ -75,7 +77,7 @@ class EncodeArgs(Structure):
         *((name, c_int64) for name in ("k_head_stride", "k_token_stride", "v_head_stride", "v_token_stride")),
         ("pages", c_void_p),
         ("block_ids", c_void_p),
-        *((name, c_int32) for name in ("heads", "num_pages", "dtype", "threads", "isa")),
+        *((name, c_int32) for name in ("num_blocks", "heads", "num_pages", "dtype", "threads", "isa")),
     ]
 
 
@@ -134,9 +136,33 @@ def class_struct(cls: ChannelClass) -> ClassStruct:
     return ClassStruct(cls.start, cls.width, cls.bits, cls.codes_offset, cls.scales_offset)
 
 
+def check_layout(layout: PageLayout) -> None:
+    """Raise ShapeError unless every section of the page lies where the kernels may read it."""
+    dim, centre = layout.head_dim, layout.centre_offset
+    fits = dim in HEAD_DIMS and centre + 2 * dim <= layout.page_bytes
+    for classes in (layout.k_classes, layout.v_classes):
+        fits = fits and len(classes) <= MAX_CLASSES
+        for c in classes:
+            fits = fits and c.bits in (2, 4, 8) and c.width > 0 and c.width % 4 == 0 and 0 <= c.start <= dim - c.width
+            fits = (
+                fits and 0 <= c.codes_offset <= centre - c.code_bytes and 0 <= c.scales_offset <= centre - PAGE_TOKENS
+            )
+    if not fits:
+        raise ShapeError(f"expected a layout made by RowsSpec.layout(), found {layout}; do not build one by hand")
+
+
 @lru_cache(maxsize=256)
 def layout_struct(layout: PageLayout, order: tuple[int, ...]) -> LayoutStruct:
-    """The page layout and the channel order as C sees them. Read-only: shared between calls."""
+    """The page layout and the channel order as C sees them. Read-only: shared between calls.
+
+    Raises ShapeError unless order is a permutation of the head's channels.
+    """
+    check_layout(layout)
+    if sorted(order) != list(range(layout.head_dim)):
+        raise ShapeError(
+            f"expected order to be a permutation of {layout.head_dim} channels, found {len(order)} entries "
+            f"{order[:8]}...; take it from RopeSpec.channel_order()"
+        )
     out = LayoutStruct(
         layout.head_dim, layout.page_bytes, layout.centre_offset, len(layout.k_classes), len(layout.v_classes)
     )
