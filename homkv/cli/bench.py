@@ -1,4 +1,4 @@
-"""``homkv bench attention``: attention on pages against the fastest torch call on unpacked KV, thread against thread."""
+"""``homkv bench attention``: attention on pages against the fastest torch call on unpacked keys and values."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,17 +18,13 @@ def bench() -> None:
 
 @app.command()
 def attention(
-    kv_cache_dtype: Annotated[
-        list[str] | None, typer.Option(help="Rows formats to measure; repeat the option.")
-    ] = None,
+    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Rows format; repeat the option.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; repeat the option.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Tokens per sequence; repeat the option.")] = None,
     isa: Annotated[str | None, typer.Option(help="Instruction set; default: the best of this machine.")] = None,
     pack: Annotated[bool, typer.Option(help="Measure quantize-and-pack too.")] = True,
     repetitions: Annotated[int, typer.Option(help="At least this many per row.")] = 5,
-    max_gib: Annotated[
-        float, typer.Option(help="Largest KV of one peer; above it the peer runs a smaller batch.")
-    ] = 10.0,
+    max_gib: Annotated[float, typer.Option(help="Largest KV of a peer; beyond it, a smaller batch.")] = 10.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Append one line per row to this file.")] = None,
 ) -> None:
     """Time decode attention and packing on the CPU, one thread against one thread."""
