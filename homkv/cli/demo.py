@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from homkv.errors import ShapeError, UnsupportedError
 from homkv.spec import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from homkv.eval.demo import Comparison, Listener, Run
+    from homkv.serve.spawn import InstanceOptions
 
 
 def demo(
@@ -27,52 +30,106 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, tokens.")] = 64,
     document: Annotated[Path | None, typer.Option(help="A text file instead of the essay.")] = None,
     question: Annotated[str | None, typer.Option(help="A question instead of the demo's.")] = None,
-    num_threads: Annotated[int | None, typer.Option(help="Compute threads of each process.")] = None,
+    num_threads: Annotated[int | None, typer.Option(min=1, help="Compute threads of each process.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Answer a question about an essay: prefill in one process, decode in another, pages over the wire."""
-    from homkv.eval.demo import compare
+    _check(kv_cache_dtype, link_gbps, prompt_tokens, max_new_tokens)
+    if question is not None and not question.strip():
+        raise ShapeError("expected a question, found an empty one; leave --question out for the demo's own")
+    text = None if document is None else _read(document)
+    if json_file is not None:
+        _write(json_file, "")  # a path that cannot be written is an error now, not after the measurement
+    from homkv.eval.demo import EXACT
     from homkv.models import load_tokenizer
-    from homkv.serve.client import Client
-    from homkv.serve.spawn import InstanceOptions, LocalPair
+    from homkv.serve.spawn import InstanceOptions
 
     console = Console()
-    with console.status(f"reading {model}") as status:
+    with console.status(f"reading {escape(model)}") as status:
         tokenizer = load_tokenizer(model, progress=status.update)
-    prompt_ids = _prompt(tokenizer, prompt_tokens, document, question)
-    formats = tuple(dict.fromkeys(("fp16", kv_cache_dtype)))
+    prompt_ids = _prompt(tokenizer, prompt_tokens, text, question)
     options = InstanceOptions(
-        model, formats, link_gbps, num_threads, max_tokens=len(prompt_ids) + max_new_tokens + 1024
+        model,
+        tuple(dict.fromkeys((EXACT, kv_cache_dtype))),
+        link_gbps,
+        num_threads,
+        max_tokens=len(prompt_ids) + max_new_tokens + 1024,
     )
+    result = _measure(console, options, tokenizer, prompt_ids, kv_cache_dtype, max_new_tokens)
+    console.print(render(result))
+    if json_file is not None:
+        _write(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+def _measure(
+    console: Console,
+    options: "InstanceOptions",
+    tokenizer: Any,
+    prompt_ids: list[int],
+    kv_cache_dtype: str,
+    max_new_tokens: int,
+) -> "Comparison":
+    """Start both processes, run the comparison and stop them, showing what happens."""
+    from homkv.eval.demo import compare
+    from homkv.serve.client import Client
+    from homkv.serve.spawn import LocalPair
+
     with ExitStack() as stack:
-        progress = stack.enter_context(_progress(console))
-        display = Display(progress, max_new_tokens)
+        display = Display(stack.enter_context(_progress(console)), max_new_tokens)
         pair = stack.enter_context(LocalPair(options, display.report))
         addresses = pair.addresses
         client = stack.enter_context(Client(addresses["prefill"], addresses["decode"], pair.security))
-        result = compare(
+        return compare(
             client,
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             prompt_ids,
-            model=model,
+            model=options.model,
             kv_cache_dtype=kv_cache_dtype,
             max_new_tokens=max_new_tokens,
-            link_gbps=link_gbps,
+            link_gbps=options.link_gbps,
             listener=display.listener(),
         )
-    console.print(render(result))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
 
 
-def _prompt(tokenizer: Any, num_tokens: int, document: Path | None, question: str | None) -> list[int]:
-    from homkv.texts import demo_document
+def _check(kv_cache_dtype: str, link_gbps: float, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise for what would only fail after both processes had started."""
+    if not link_gbps > 0:
+        raise ShapeError(f"expected a positive --link-gbps, found {link_gbps}; 1 is the default")
+    if prompt_tokens < 1:
+        raise ShapeError(f"expected at least one prompt token, found {prompt_tokens}; 3000 takes the whole essay")
+    if max_new_tokens < 2:
+        raise ShapeError(
+            f"expected at least two new tokens, found {max_new_tokens}; the first is computed by the prefill instance "
+            "and says nothing about the pages"
+        )
+    from homkv.serve.engine import serving_codec
 
-    text, asked = demo_document(tokenizer, num_tokens)
-    if document is not None:
+    serving_codec(kv_cache_dtype, head_dim=128)  # every format covers it; the model's own is not known yet
+
+
+def _read(document: Path) -> str:
+    try:
         text = document.read_text(encoding="utf-8")
-    content = f"{text}\n\n{question or asked}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnsupportedError(f"expected a UTF-8 text file, found {document}: {error}; name another") from error
+    if not text.strip():
+        raise ShapeError(f"expected text in {document}, found none; name another file")
+    return text
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UnsupportedError(f"expected to write {file}, found {error.strerror}; choose another --json") from error
+
+
+def _prompt(tokenizer: Any, num_tokens: int, document: str | None, question: str | None) -> list[int]:
+    from homkv.texts import DEMO_QUESTION, demo_document
+
+    text = demo_document(tokenizer, num_tokens)[0] if document is None else document
+    content = f"{text}\n\n{question or DEMO_QUESTION}"
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(content))
     messages = [{"role": "user", "content": content}]
@@ -126,35 +183,44 @@ class Display:
         self._progress.update(self._prefill, completed=layers, total=self._num_layers)
 
 
-def render(result: "Comparison") -> Columns:
-    """Draw the two texts and the one table."""
-    name, link = result.compressed.kv_cache_dtype, result.link_gbps
+def render(result: "Comparison") -> Group:
+    """Draw the two answers, and the one table below them."""
+    answers = Table.grid(expand=True, padding=(0, 1))
+    for _ in range(2):
+        answers.add_column(ratio=1)
+    answers.add_row(
+        *(
+            Panel(Text(run.text.strip() or "(no text)"), title=title)
+            for title, run in (("16-bit KV", result.exact), (result.compressed.kv_cache_dtype, result.compressed))
+        )
+    )
+    link = "" if result.link_gbps is None else f", {result.link_gbps:g} Gb/s link"
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{result.model}, {result.exact.num_prompt_tokens:,} prompt tokens, two processes, {link:g} Gb/s link",
-        caption="TTFT phases are what each added to the critical path; in brackets, its own duration, mostly hidden behind "
-        "the prefill. KL and top-1: on the exact text, tokens computed by the decode instance.",
+        title=f"{escape(result.model)}, {result.exact.num_prompt_tokens:,} prompt tokens, two processes{link}",
+        caption="TTFT phases: what each added to the critical path; in brackets, its own time, mostly hidden behind "
+        "the prefill. KL and top-1: over the exact text, tokens computed by the decode instance.",
+        caption_justify="left",
     )
-    table.add_column("")
-    table.add_column("16-bit KV", justify="right")
-    table.add_column(name, justify="right", style="bold")
-    table.add_column("ratio", justify="right")
+    table.add_column("", no_wrap=True)
+    table.add_column("16-bit KV", justify="right", no_wrap=True)
+    table.add_column(result.compressed.kv_cache_dtype, justify="right", style="bold", overflow="fold")
+    table.add_column("ratio", justify="right", no_wrap=True)
     for row in _rows(result):
         table.add_row(*row)
-    panels = [Panel(run.text.strip(), title=run.kv_cache_dtype) for run in (result.exact, result.compressed)]
-    return Columns([*panels, table], expand=False)
+    return Group(answers, table)
 
 
 def _rows(result: "Comparison") -> list[tuple[str, str, str, str]]:
     exact, ours, score = result.exact, result.compressed, result.agreement
     rows = [
         ("tokens that agree", f"{len(exact.tokens)}", f"{score.num_equal} of {score.num_tokens}", ""),
-        ("KL(exact || compressed), nats", "0", f"{score.kl:.4f}", ""),
+        ("KL(exact || ours), nats", "0", f"{score.kl:.4f}", ""),
         ("top-1 agreement", "1", f"{score.top1:.3f} of {score.num_scored}", ""),
         _bytes("KV of the prompt, raw", exact.raw_kv_bytes, ours.raw_kv_bytes),
         _bytes("KV on the wire", exact.wire_bytes, ours.wire_bytes),
         _bytes("KV held at the end", exact.kv_bytes, ours.kv_bytes),
-        ("bits per element, all counted", f"{exact.bits_per_element:.2f}", f"{ours.bits_per_element:.2f}", ""),
+        ("bits per element", f"{exact.bits_per_element:.2f}", f"{ours.bits_per_element:.2f}", ""),
         _seconds("TTFT", exact.ttft_s, ours.ttft_s),
     ]
     rows += [(f"  {phase}", _phase(exact, phase), _phase(ours, phase), "") for phase in exact.phases_s]
@@ -162,8 +228,8 @@ def _rows(result: "Comparison") -> list[tuple[str, str, str, str]]:
 
 
 def _phase(run: "Run", phase: str) -> str:
-    busy = f" ({1e3 * run.busy_s[phase]:,.0f})" if phase in run.busy_s else ""
-    return f"{1e3 * run.phases_s[phase]:,.1f}{busy} ms"
+    busy = f"({1e3 * run.busy_s[phase]:,.0f}) " if phase in run.busy_s else ""
+    return f"{busy}{1e3 * run.phases_s[phase]:,.1f} ms"
 
 
 def _bytes(name: str, exact: int, ours: int) -> tuple[str, str, str, str]:

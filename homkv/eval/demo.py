@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from homkv.errors import ShapeError
 from homkv.eval.compare import Agreement, agreement
 from homkv.serve.client import Answer, Client, Query
 
@@ -68,7 +69,8 @@ def compare(
 ) -> Comparison:
     """Answer a prompt with 16-bit KV and with ``kv_cache_dtype``, then score the latter on the former's text.
 
-    Both timed runs return their logits, so both pay for it alike. The third run feeds the exact answer.
+    Both timed runs return their logits, so both pay for it alike. The third run feeds the exact answer. Raises what
+    ``Client.generate`` raises, and ShapeError if the exact model answers with less than two tokens.
     """
 
     def ask(title: str, name: str, **extra: Any) -> Answer:
@@ -81,6 +83,11 @@ def compare(
         listener.on_run(f"warming up {name}")
         client.generate(Query(prompt_ids[:256], name, 4, return_logits=True))
     exact = ask("16-bit KV", EXACT)
+    if len(exact.tokens) < 2:
+        raise ShapeError(
+            f"expected an answer of two tokens or more to compare, found {len(exact.tokens)}: the model stopped at "
+            "once; ask another question"
+        )
     compressed = ask(kv_cache_dtype, kv_cache_dtype)
     forced = ask(f"{kv_cache_dtype} on the exact text", kv_cache_dtype, forced_ids=exact.tokens)
     runs = [_run(a, n, decode_text, len(prompt_ids)) for a, n in ((exact, EXACT), (compressed, kv_cache_dtype))]

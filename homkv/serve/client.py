@@ -24,7 +24,7 @@ from homkv.serve.messages import (
     Ticket,
     Token,
 )
-from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions
+from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions, Receipt
 from homkv.transport.keys import Security
 from homkv.transport.link import Peer
 
@@ -70,7 +70,7 @@ class Answer:
 
     @property
     def tpot_s(self) -> float:
-        """Mean time per output token behind the first."""
+        """Mean time per output token behind the first; 0 if there is none."""
         return (self.arrived_s[-1] - self.arrived_s[0]) / max(len(self.tokens) - 1, 1)
 
     def phases_s(self) -> dict[str, float]:
@@ -85,16 +85,20 @@ class Answer:
         moments = [t.start_s, t.computed_s, t.packed_s, t.sent_s, self.decode.verified_s, self.arrived_s[0]]
         out, last = {}, self.submitted_s
         for name, moment in zip(PHASES, moments, strict=True):
-            out[name] = max(moment - last, 0.0)
-            last = max(last, moment)
+            now = min(max(moment, last), self.arrived_s[0])
+            out[name], last = now - last, now
         return out
 
 
 class Client:
-    """Connections to one prefill and one decode instance. One request at a time; use as a context manager."""
+    """Connections to one prefill and one decode instance. One request at a time; use as a context manager.
+
+    A connection that broke is not repaired: after a LinkError make a new client.
+    """
 
     def __init__(self, prefill: Address, decode: Address, security: Security, options: LinkOptions = DEFAULTS) -> None:
         self._decode_address = decode
+        self._broken: LinkError | None = None
         self._decode = Peer(decode.endpoint, FromDecode, security, decode.key, options)
         try:
             self._prefill = Peer(prefill.endpoint, FromPrefill, security, prefill.key, options)
@@ -110,7 +114,12 @@ class Client:
         on_token: Callable[[int], None] = lambda token: None,
         timeout_s: float = 600.0,
     ) -> Answer:
-        """Run one request to its end. Raises the typed error of the instance that failed, or LinkError."""
+        """Run one request to its end. Raises the typed error of the instance that failed, or LinkError.
+
+        Whatever is raised, by a callback too, both instances are told to drop the request.
+        """
+        if self._broken is not None:
+            raise LinkError("closed", f"expected open connections, found one lost ({self._broken}); make a new Client")
         request_id, answer = secrets.token_hex(8), Answer(submitted_s=time.monotonic())
         deadline_s = answer.submitted_s + timeout_s
         try:
@@ -119,10 +128,12 @@ class Client:
             while answer.decode is None or answer.prefill is None:
                 if time.monotonic() > deadline_s:
                     raise LinkError(
-                        "timeout", f"expected an answer within {timeout_s} s, found none; is it overloaded?"
+                        "timeout", f"expected an answer within {timeout_s} s, found none; is an instance overloaded?"
                     )
                 self._advance(request_id, answer, on_layer, on_token)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, LinkError) and error.reason == "vanished":
+                self._broken = error
             self._cancel(request_id)
             raise
         return answer
@@ -162,10 +173,15 @@ class Client:
         self, request_id: str, answer: Answer, on_layer: Callable[[int], None], on_token: Callable[[int], None]
     ) -> None:
         """Take in what both instances said."""
-        # While the prompt computes, both connections matter; a short wait on one of them keeps both timely.
-        for message in [*self._decode.poll(0.002), *self._prefill.poll(0.0)]:
+        # While the prompt computes, both connections matter; a short wait on one of them keeps both timely. Once the
+        # KV was delivered, the prefill instance may go.
+        computing = answer.prefill is None
+        messages = self._decode.poll(0.002 if computing else 0.2)
+        for message in [*messages, *(self._prefill.poll(0.0) if computing else [])]:
+            if isinstance(message, Receipt) and message.reason:
+                raise TransferError(f"expected our messages to be accepted, found: {message.detail}")
             if getattr(message, "request_id", None) != request_id:
-                continue  # a receipt, or the tail of a request that failed before
+                continue  # an accepted message's receipt, or the tail of a request that failed before
             match message:
                 case Failed():
                     raise message.to_error()
@@ -191,8 +207,10 @@ class Client:
 
     def close(self) -> None:
         """Close both connections."""
-        self._decode.close()
-        self._prefill.close()
+        try:
+            self._decode.close()
+        finally:
+            self._prefill.close()
 
     def __enter__(self) -> "Client":
         return self

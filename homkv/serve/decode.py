@@ -1,7 +1,8 @@
 """The decode instance: reserves room, receives and verifies pages, attends on them, streams tokens.
 
 One thread, one loop: whatever arrived is handled, then every running sequence takes one step. A token is only
-produced from KV whose digest, request, epoch, format and model were checked, layer by layer, on arrival.
+produced from KV whose digest, request, epoch, format and model were checked, layer by layer, on arrival. Nothing a
+peer sends ends the loop: a request that cannot go on is freed and its client told why.
 """
 
 import itertools
@@ -14,19 +15,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError, TransferError
+from homkv.errors import FormatError, HomkvError, ShapeError, TransferError
 from homkv.models import LoadedModel
 from homkv.seal import LayerContent
 from homkv.serve.engine import EXACT_DTYPE, Engine, expectation, make_engine, sample
 from homkv.serve.messages import Cancel, DecodeTimes, Done, Failed, Finish, Reserve, Ticket, ToDecode, Token
 from homkv.transport.assemble import LayerData, SequenceAssembler, SequencePlan
-from homkv.transport.endpoint import LinkOptions
+from homkv.transport.endpoint import DEFAULTS, LinkOptions
 from homkv.transport.keys import Security
 from homkv.transport.lease import Lease
 from homkv.transport.link import Arrival, Event, Listener, Message
 from homkv.transport.wire import FrameError
 
 log = logging.getLogger(__name__)
+MAX_ROUNDS = 4  # of polling before a decode step, so that a busy link cannot starve the running sequences
 
 
 @dataclass
@@ -38,9 +40,8 @@ class _Request:
     engine: Engine
     seq: int
     assembler: SequenceAssembler
-    lease: Lease  # until KV and first token are there
-    sender: bytes | None = None  # the prefill instance's connection
-    first_token: int | None = None
+    lease: Lease  # until the next layer, or the first token behind the last
+    sender: bytes | None = None  # the connection whose frame came first; no other may feed this request
     verified_s: float = 0.0
     first_token_s: float = 0.0
     next_token: int = 0
@@ -49,14 +50,20 @@ class _Request:
 
     @property
     def running(self) -> bool:
+        """Whether everything has arrived: its KV is decoded, and the prefill instance may go."""
         return self.num_sent > 0
+
+    @property
+    def lacks(self) -> str:
+        missing = sorted(self.assembler.missing)
+        return f"layers {', '.join(map(str, missing))} missing" if missing else "the first token missing"
 
 
 class DecodeInstance:
     """Decodes on pages that prefill instances send. ``formats``: names of ``--kv-cache-dtype`` that it accepts.
 
-    ``max_tokens``: room for KV, in tokens, per format. ``lease_s``: a reservation whose KV is not complete by then
-    is freed and its client told.
+    ``max_tokens``: room for KV, in tokens, per format. ``lease_s``: a reservation for which no layer comes for so
+    long is freed and its client told. Raises FormatError or UnsupportedError for a format that this model cannot use.
     """
 
     def __init__(
@@ -69,7 +76,7 @@ class DecodeInstance:
         max_tokens: int,
         max_sequences: int = 16,
         lease_s: float = 120.0,
-        options: LinkOptions = LinkOptions(),  # noqa: B008
+        options: LinkOptions = DEFAULTS,
     ) -> None:
         self.loaded, self.lease_s = loaded, lease_s
         self.engines = {name: make_engine(loaded, name, max_tokens, max_sequences) for name in formats}
@@ -80,10 +87,21 @@ class DecodeInstance:
         self._attention = ExitStack()
         self._attached: Engine | None = None
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that hold room, waiting for KV or running."""
+        return len(self._requests)
+
     def close(self) -> None:
-        """Close the listener and restore the model's attention."""
-        self._attention.close()
-        self.listener.close()
+        """Fail what has not finished, close the listener and restore the model's attention."""
+        error = TransferError("expected the answer to finish, found the decode instance stopping; ask another instance")
+        try:
+            for request in list(self._requests.values()):
+                self._fail(request, error)
+            self.listener.poll(0.0)  # sends what is queued
+        finally:
+            self._attention.close()
+            self.listener.close()
 
     def run(self, stop: threading.Event) -> None:
         """Serve until ``stop`` is set."""
@@ -93,17 +111,28 @@ class DecodeInstance:
     def turn(self, idle_s: float = 0.2) -> None:
         """Handle what arrived, expire leases, take one decode step."""
         busy = any(r.running for r in self._requests.values())
-        for event in self.listener.poll(0.0 if busy else idle_s):
-            self._handle(event)
-        for request in [r for r in self._requests.values() if not r.running and r.lease.expired]:
-            error = TransferError(
-                f"expected the KV of {request.ask.request_id!r} within {self.lease_s} s, found layers "
-                f"{sorted(request.assembler.missing)[:4]} … missing; the prefill instance is gone or too slow: try "
-                "again"
-            )
-            self._fail(request, error)
+        self._listen(0.0 if busy else idle_s)
+        self._expire()
         for engine in self.engines.values():
             self._step(engine)
+
+    def _listen(self, timeout_s: float) -> None:
+        """Handle what arrived. Receipts leave with the next poll, which must not wait for a decode step."""
+        for _ in range(MAX_ROUNDS):
+            events = self.listener.poll(timeout_s)
+            for event in events:
+                self._handle(event)
+            if not events:
+                return
+            timeout_s = 0.0
+
+    def _expire(self) -> None:
+        for request in [r for r in self._requests.values() if not r.running and r.lease.expired]:
+            error = TransferError(
+                f"expected the next layer of {request.ask.request_id!r} within {self.lease_s} s, found "
+                f"{request.lacks}; the prefill instance is gone or too slow: try again or raise --lease-s"
+            )
+            self._fail(request, error)
 
     # -- arriving ----------------------------------------------------------------------------------------------
 
@@ -119,7 +148,9 @@ class DecodeInstance:
         elif isinstance(event.body, Cancel):
             request = self._requests.get(event.body.request_id)
             if request is not None and event.peer == request.client:
-                self._fail(request, TransferError("expected to finish, found the request cancelled by its client"))
+                self._fail(
+                    request, TransferError("expected to finish, found the request cancelled by its client; ask again")
+                )
 
     def _reserve(self, client: bytes, ask: Reserve) -> None:
         try:
@@ -170,23 +201,20 @@ class DecodeInstance:
             )
         if ask.forced_ids is not None and len(ask.forced_ids) != ask.max_new_tokens:
             raise ShapeError(
-                f"expected {ask.max_new_tokens} forced ids, one per new token, found {len(ask.forced_ids)}"
+                f"expected {ask.max_new_tokens} forced ids, one per new token, found {len(ask.forced_ids)}; "
+                "make the lengths equal"
             )
-        vocabulary = self.loaded.model.get_input_embeddings().weight.shape[0]
+        vocabulary = self.loaded.vocab_size
         if any(token >= vocabulary for token in ask.forced_ids or ()):
             raise ShapeError(
-                f"expected forced ids below the vocabulary's {vocabulary}, found {max(ask.forced_ids or [])}"
+                f"expected forced ids below the vocabulary's {vocabulary}, found {max(ask.forced_ids or [])}; "
+                "were they tokenized for another model?"
             )
 
     def _take(self, arrival: Arrival) -> None:
         """Store a verified frame, or refuse it."""
-        header = arrival.frame.header
-        request = self._requests.get(header.sequence)
         try:
-            if request is None or request.running:
-                raise FrameError(
-                    "sequence", f"expected a sequence that waits for KV, found {header.sequence!r}; reserve first"
-                )
+            request = self._request_of(arrival)
             layer = request.assembler.add(arrival.frame)
         except FrameError as error:
             self.listener.nack(arrival, error)
@@ -196,12 +224,26 @@ class DecodeInstance:
             if layer is not None:
                 request.engine.load(request.seq, layer.layer, self._content(request, layer))
                 request.verified_s = time.monotonic()
-        except CapacityError as error:
+                request.lease.renew()
+        except HomkvError as error:
             self.listener.nack(arrival, TransferError(str(error)))
             self._fail(request, error)
             return
         self.listener.ack(arrival)
-        self._start(request)
+
+    def _request_of(self, arrival: Arrival) -> _Request:
+        """The request that a frame may feed. Raises FrameError."""
+        name = arrival.frame.header.sequence
+        request = self._requests.get(name)
+        if request is None or request.running:
+            raise FrameError("sequence", f"expected a sequence that waits for KV, found {name!r}; reserve first")
+        if request.sender not in (None, arrival.peer):
+            raise FrameError(
+                "sequence",
+                f"expected the frames of {name!r} from the connection that sent its first, found another; send each "
+                "request to one prefill instance, once",
+            )
+        return request
 
     def _content(self, request: _Request, data: LayerData) -> LayerContent:
         """Tensors over the received bytes, which are ours."""
@@ -220,29 +262,31 @@ class DecodeInstance:
         )
 
     def _finish(self, peer: bytes, finish: Finish) -> None:
+        """Take the first token, which comes behind every layer, and emit it."""
         request = self._requests.get(finish.request_id)
-        if request is None or (peer, finish.epoch) != (request.sender, request.assembler.plan.epoch):
+        if request is None or request.running or (peer, finish.epoch) != (request.sender, request.assembler.plan.epoch):
             log.warning("ignored a late Finish of %r", finish.request_id)
             return
-        request.first_token = finish.first_token
-        self._start(request)
-
-    def _start(self, request: _Request) -> None:
-        """Emit the first token once every layer and the token itself have arrived."""
-        if not request.assembler.complete or request.first_token is None:
+        vocabulary = self.loaded.vocab_size
+        if not request.assembler.complete or finish.first_token >= vocabulary:
+            error = TransferError(
+                f"expected every layer of {finish.request_id!r} and a first token below {vocabulary}, found "
+                f"{request.lacks} and token {finish.first_token}; nothing was used: see the prefill instance's log"
+            )
+            self._fail(request, error)
             return
         request.first_token_s = time.monotonic()
-        self._emit(request, request.first_token, None)
+        self._emit(request, finish.first_token, None)
 
     def _lose(self, peer: bytes) -> None:
-        """A connection ended: its requests cannot go on."""
+        """A connection ended. Its requests cannot go on, except those that already have all they need from it."""
         for request in list(self._requests.values()):
             if peer == request.client:
                 self._close(request)
             elif peer == request.sender and not request.running:
                 error = TransferError(
-                    f"expected {len(request.assembler.missing)} more layers of {request.ask.request_id!r}, found the "
-                    "prefill instance gone; nothing of it was used: try again"
+                    f"expected all of {request.ask.request_id!r}, found the prefill instance gone and {request.lacks}; "
+                    "nothing of it was used: try again"
                 )
                 self._fail(request, error)
 
@@ -259,12 +303,17 @@ class DecodeInstance:
             self._attached = engine
         try:
             logits = engine.step([r.seq for r in batch], [r.next_token for r in batch])
-        except HomkvError as error:  # which sequence it was is not known, so none of them may go on
+        except HomkvError as error:  # some layers have the token and some have not: none of the batch may go on
             for request in batch:
                 self._fail(request, error)
             return
         for request, row in zip(batch, logits, strict=True):
-            self._emit(request, sample(row, request.ask.sampling, request.generator), row)
+            try:
+                token = sample(row, request.ask.sampling, request.generator)
+            except HomkvError as error:
+                self._fail(request, error)
+            else:
+                self._emit(request, token, row)
 
     def _emit(self, request: _Request, token: int, logits: torch.Tensor | None) -> None:
         """Stream a token; end the request at its last one."""

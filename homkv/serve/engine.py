@@ -1,6 +1,7 @@
 """What a decode instance computes with: one engine per format, all with the same few verbs."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 from homkv.attention.api import computes_quantized_prefill
 from homkv.blocks import BlockPool
 from homkv.cache import PagedCache
-from homkv.errors import UnsupportedError
+from homkv.errors import CapacityError, FormatError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
 from homkv.formats.exact import ExactCodec
 from homkv.hf import Attachment, KVCache
@@ -37,10 +38,19 @@ def expectation(loaded: LoadedModel, codec: PageCodec, exact_dtype: torch.dtype 
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose a token from ``logits [V]``: greedy at temperature 0, else nucleus sampling."""
+    """Choose a token from ``logits [V]``: greedy at temperature 0, else nucleus sampling.
+
+    Raises FormatError if the logits hold NaN or infinity: every token chosen from them would be noise.
+    """
+    highest = logits.double().max()
+    if not bool(torch.isfinite(highest)):  # max() passes NaN on; -inf elsewhere masks a token
+        raise FormatError(
+            f"expected finite logits, found {float(highest)} among them; the model overflowed: load it in another dtype"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
-    p, order = torch.softmax(logits.double() / sampling.temperature, -1).sort(descending=True)
+    # The highest becomes 0 before the division, so that no temperature overflows.
+    p, order = torch.softmax((logits.double() - highest) / sampling.temperature, -1).sort(descending=True)
     p[p.cumsum(-1) - p >= sampling.top_p] = 0  # the first token always stays
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
@@ -74,6 +84,15 @@ class Engine(ABC):
     @abstractmethod
     def kv_bytes(self, seq: int) -> int:
         """Bytes of KV held for a sequence."""
+
+    @property
+    @abstractmethod
+    def num_free_blocks(self) -> int:
+        """Blocks of pages that no sequence holds or has reserved."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise HomkvError unless the bookkeeping, and the stored bytes where digests are kept, are intact."""
 
 
 class PagedEngine(Engine):
@@ -120,12 +139,22 @@ class PagedEngine(Engine):
         """See Engine.kv_bytes."""
         return self.cache.kv_bytes(seq)
 
+    @property
+    def num_free_blocks(self) -> int:
+        """See Engine.num_free_blocks."""
+        return self.cache.num_free_blocks
+
+    def check(self) -> None:
+        """See Engine.check."""
+        self.cache.check()
+
 
 class ExactEngine(Engine):
     """The baseline: KV arrives in 16 bits and is attended to by the model's own attention."""
 
     def __init__(self, loaded: LoadedModel, codec: ExactCodec, max_tokens: int, max_sequences: int) -> None:
         super().__init__(loaded, codec)
+        self._max_sequences = max_sequences
         self._pool = BlockPool(codec.num_pages(max_tokens) + 1)
         self._blocks: dict[int, list[int]] = {}
         self._caches: dict[int, DynamicCache] = {}
@@ -133,6 +162,10 @@ class ExactEngine(Engine):
 
     def reserve(self, num_tokens: int) -> int:
         """See Engine.reserve."""
+        if len(self._caches) == self._max_sequences:
+            raise CapacityError(
+                f"expected a free sequence slot, found all {self._max_sequences} taken; try again when one is done"
+            )
         blocks = self._pool.allocate(self.codec.num_pages(num_tokens) + 1)
         self._next += 1
         self._blocks[self._next], self._caches[self._next] = blocks, DynamicCache(config=self.loaded.model.config)
@@ -143,7 +176,7 @@ class ExactEngine(Engine):
         dtype = self.loaded.model.dtype
         k, v = self.codec.dense(content.pages.transpose(0, 1), dtype)
         k, v = torch.cat((k, content.exact_k.to(dtype)), 1), torch.cat((v, content.exact_v.to(dtype)), 1)
-        self._caches[seq].layers[layer].update(k[None], v[None])
+        self._caches[seq].update(k[None], v[None], layer)
 
     @torch.no_grad()
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
@@ -167,12 +200,32 @@ class ExactEngine(Engine):
             * len(self._caches[seq].layers)
         )
 
+    @property
+    def num_free_blocks(self) -> int:
+        """See Engine.num_free_blocks."""
+        return self._pool.num_free
+
+    def check(self) -> None:
+        """See Engine.check."""
+        if self._blocks.keys() != self._caches.keys():
+            raise HomkvError(f"expected blocks for {sorted(self._caches)}, found them for {sorted(self._blocks)}")
+        self._pool.check(list(self._blocks.values()))
+
+
+def serving_codec(kv_cache_dtype: str, head_dim: int, channel_order: Sequence[int] | None = None) -> PageCodec:
+    """Bind a format to a head, as ``make_codec`` does, if prefill and decode instances can serve it.
+
+    Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered.
+    """
+    codec = make_codec(kv_cache_dtype, head_dim, channel_order)
+    if computes_quantized_prefill(codec):
+        raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
+    return codec
+
 
 def make_engine(loaded: LoadedModel, kv_cache_dtype: str, max_tokens: int, max_sequences: int) -> Engine:
     """Build the engine of a format. Raises FormatError, or UnsupportedError for a head_dim not covered."""
-    codec = make_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
-    if computes_quantized_prefill(codec):
-        raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
+    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
     if isinstance(codec, ExactCodec):
         return ExactEngine(loaded, codec, max_tokens, max_sequences)
     return PagedEngine(loaded, codec, max_tokens, max_sequences)

@@ -15,6 +15,7 @@ from homkv.errors import HomkvError, TransferError
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+NumBytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Ids = list[Count]
 
 
@@ -25,7 +26,7 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the next token is chosen. Temperature 0 is greedy."""
 
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0  # the cap refuses infinity
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: Count = 0
 
@@ -43,7 +44,7 @@ class Reserve(_Message, frozen=True):
 
 
 class Ticket(_Message, frozen=True):
-    """Room is reserved until the lease ends. KV must carry this epoch."""
+    """Room is reserved. KV must carry this epoch, and each layer must come within ``lease_s`` of the one before."""
 
     request_id: RequestId
     epoch: int
@@ -86,8 +87,8 @@ class PrefillDone(_Message, frozen=True):
     """The prompt's KV was delivered and accepted."""
 
     request_id: RequestId
-    raw_bytes: Count  # the same KV in 16 bits
-    wire_bytes: Count  # frames, heads included
+    raw_bytes: NumBytes  # the same KV in 16 bits
+    wire_bytes: NumBytes  # frames, heads included
     times: PrefillTimes
 
 
@@ -120,7 +121,7 @@ class Done(_Message, frozen=True):
     """The request is complete and its pages are freed."""
 
     request_id: RequestId
-    kv_bytes: Count  # held at the end
+    kv_bytes: NumBytes  # held at the end
     times: DecodeTimes
 
 
