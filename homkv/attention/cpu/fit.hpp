@@ -31,29 +31,46 @@ inline T tree_sum(int size, F get) {
   return part[0];
 }
 
-// Orthonormal Walsh-Hadamard transform of blocks of n along the array.
-inline void hadamard_rows(vf* x, int width, int n) {
-  for (int h = 1; h < n; h *= 2)
-    for (int i = 0; i < width; i += 2 * h)
-      for (int j = i; j < i + h; j++) {
-        const vf a = x[j], b = x[j + h];
-        x[j] = a + b;
-        x[j + h] = a - b;
-      }
-  const float scale = (float)(1 / __builtin_sqrt((double)n));
-  for (int i = 0; i < width; i++) x[i] = x[i] * scale;
+// log2(N) of a transform's passes at once, in registers: distances h, 2h .. N h / 2, then a factor.
+template <int N>
+inline void hadamard_passes(vf* x, int width, int h, float factor) {
+  for (int i = 0; i < width; i += N * h)
+    for (int j = i; j < i + h; j++) {
+      vf v[N];
+      UNROLL for (int n = 0; n < N; n++) v[n] = load<vf>(x + j + n * h);
+      UNROLL for (int d = 1; d < N; d *= 2)
+        UNROLL for (int n = 0; n < N; n++)
+          if (!(n & d)) {
+            const vf a = v[n], b = v[n + d];
+            v[n] = a + b;
+            v[n + d] = a - b;
+          }
+      UNROLL for (int n = 0; n < N; n++) store(x + j + n * h, v[n] * factor);
+    }
 }
 
+// Orthonormal Walsh-Hadamard transform of blocks of n along the array. A factor of 1 changes nothing.
+inline void hadamard_rows(vf* x, int width, int n) {
+  const float scale = (float)(1 / __builtin_sqrt((double)n));
+  for (int h = 1; h < n;) {
+    const int left = n / h, points = left < REGISTER_POINTS ? left : REGISTER_POINTS;
+    const float factor = points == left ? scale : 1.f;
+    if (points == 16) hadamard_passes<16>(x, width, h, factor);
+    else if (points == 8) hadamard_passes<8>(x, width, h, factor);
+    else if (points == 4) hadamard_passes<4>(x, width, h, factor);
+    else hadamard_passes<2>(x, width, h, factor);
+    h *= points;
+  }
+}
+
+// Lane values of y / s, given 1/s.
 template <int B>
 inline vf code(vf y, vf inverse) {
   const vf u = y * inverse;
-  if (B == 8) {
-    const vf c = round(u);
-    return c < -127.f ? splat(-127) : c > 127.f ? splat(127) : c;
-  }
+  if (B == 8) return min(max(round(u), splat(-127)), splat(127));
   constexpr float step = B == 2 ? 64 : 16, half = B == 2 ? 2 : 8;
-  const vf c = floor(u * (1 / step));
-  return (c < -half ? splat(-half) : c > half - 1 ? splat(half - 1) : c) * step + step / 2;
+  const vf c = min(max(floor(u * (1 / step)), splat(-half)), splat(half - 1));
+  return fma(c, splat(step), splat(step / 2));  // exact, fused or not
 }
 
 struct Moments {

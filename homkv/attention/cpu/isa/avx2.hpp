@@ -6,8 +6,9 @@ namespace homkv {
 namespace HOMKV_ISA {
 
 constexpr int VL = 8;
-constexpr int MAX_ROWS = 2;
+constexpr int MAX_ROWS = 3;
 constexpr int V_BLOCKS = 4;
+constexpr int REGISTER_POINTS = 8;  // of a Hadamard transform held in registers
 constexpr bool VALUE_OFFSETS = true;  // some ValueCodes have an offset, which takes the sum of the weights
 
 typedef float vf __attribute__((vector_size(32)));
@@ -15,6 +16,7 @@ typedef int32_t vi __attribute__((vector_size(32)));
 
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 inline vf floor(vf x) { return (vf)_mm256_floor_ps((__m256)x); }
 inline vf round(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }

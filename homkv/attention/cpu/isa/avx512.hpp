@@ -7,6 +7,7 @@ namespace HOMKV_ISA {
 constexpr int VL = 16;       // float32 lanes
 constexpr int MAX_ROWS = 4;  // query rows a kernel holds in registers
 constexpr int V_BLOCKS = 4;  // vectors of channels that share one broadcast of weights
+constexpr int REGISTER_POINTS = 16;  // of a Hadamard transform held in registers
 constexpr bool VALUE_OFFSETS = false;  // some ValueCodes have an offset, which takes the sum of the weights
 
 typedef float vf __attribute__((vector_size(64)));
@@ -14,6 +15,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 inline vf floor(vf x) { return (vf)_mm512_floor_ps((__m512)x); }
 inline vf round(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }

@@ -7,6 +7,7 @@ namespace HOMKV_ISA {
 constexpr int VL = 4;
 constexpr int MAX_ROWS = 4;
 constexpr int V_BLOCKS = 4;
+constexpr int REGISTER_POINTS = 16;  // of a Hadamard transform held in registers
 constexpr bool VALUE_OFFSETS = true;  // some ValueCodes have an offset, which takes the sum of the weights
 
 typedef float vf __attribute__((vector_size(16)));
@@ -14,6 +15,7 @@ typedef int32_t vi __attribute__((vector_size(16)));
 
 inline vf fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 inline vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+inline vf min(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 inline vf floor(vf x) { return (vf)vrndmq_f32((float32x4_t)x); }
 inline vf round(vf x) { return (vf)vrndnq_f32((float32x4_t)x); }
 inline vf sqrt(vf x) { return (vf)vsqrtq_f32((float32x4_t)x); }

@@ -8,6 +8,7 @@ namespace HOMKV_ISA {
 constexpr int VL = 4;
 constexpr int MAX_ROWS = 2;
 constexpr int V_BLOCKS = 2;
+constexpr int REGISTER_POINTS = 8;  // of a Hadamard transform held in registers
 constexpr bool VALUE_OFFSETS = false;  // some ValueCodes have an offset, which takes the sum of the weights
 
 typedef float vf __attribute__((vector_size(16)));
@@ -47,6 +48,7 @@ inline vf each(vf x, F f) {
 }
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }  // rounded twice where the machine has none: attention only
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
 inline vf floor(vf x) { return each(x, [](float v) { return __builtin_floorf(v); }); }
 inline vf round(vf x) { return each(x, [](float v) { return __builtin_rintf(v); }); }
 inline vf sqrt(vf x) { return each(x, [](float v) { return __builtin_sqrtf(v); }); }
