@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from homkv.errors import ShapeError, UnsupportedError
+from homkv.errors import HomkvError, ShapeError, UnsupportedError
 from homkv.spec import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
@@ -41,12 +41,10 @@ def demo(
     if json_file is not None:
         _write(json_file, "")  # a path that cannot be written is an error now, not after the measurement
     from homkv.eval.demo import EXACT
-    from homkv.models import load_tokenizer
     from homkv.serve.spawn import InstanceOptions
 
     console = Console()
-    with console.status(f"reading {escape(model)}") as status:
-        tokenizer = load_tokenizer(model, progress=status.update)
+    tokenizer = _tokenizer(console, model)
     prompt_ids = _prompt(tokenizer, prompt_tokens, text, question)
     options = InstanceOptions(
         model,
@@ -115,6 +113,21 @@ def _read(document: Path) -> str:
     if not text.strip():
         raise ShapeError(f"expected text in {document}, found none; name another file")
     return text
+
+
+def _tokenizer(console: Console, model: str) -> Any:
+    from homkv.models import BUNDLES, load_tokenizer
+
+    with console.status(f"reading {escape(model)}") as status:
+        try:
+            return load_tokenizer(model, progress=status.update)
+        except HomkvError:  # says what is wrong already; FormatError is a ValueError as well
+            raise
+        except (OSError, ValueError) as error:  # what transformers says of a name that it cannot find
+            raise UnsupportedError(
+                f"expected {', '.join(BUNDLES)}, a folder, a .gguf file or a hub name that can be reached, found "
+                f"{model!r}: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _write(file: Path, text: str) -> None:

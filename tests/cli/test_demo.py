@@ -155,6 +155,16 @@ def test_documents_without_text_are_refused(demo, document: Path, content: bytes
     assert says in said
 
 
+def test_an_unknown_model_is_refused(demo, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def unknown(name: str, progress: object) -> None:
+        raise OSError("no such thing\nand more")
+
+    monkeypatch.setattr("homkv.models.load_tokenizer", unknown)
+    code, said, started = demo("--model", "nonsense")
+    assert (code, bool(started)) == (2, False)
+    assert "'nonsense': no such thing" in said
+
+
 def test_what_was_asked_reaches_the_processes(demo, document: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, _, started = demo(
         *("--document", str(document), "--question", "and a question", "--link-gbps", "2.5", "--num-threads", "3"),
