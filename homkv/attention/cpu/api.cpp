@@ -45,13 +45,17 @@ bool has_dot_product() {
 // Kernels this machine can run, best first.
 std::vector<const Kernels*> find_kernels() {
   std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
 #if defined(HOMKV_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     found.push_back(&avx512::kernels);
 #endif
 #if defined(HOMKV_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  // Every processor with AVX2 and FMA has F16C; older compilers cannot ask for it.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     found.push_back(&avx2::kernels);
 #endif
 #if defined(HOMKV_HAVE_NEON)
