@@ -20,6 +20,7 @@ from homkv.cache import PagedCache
 from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
 from homkv.models.describe import measure_rope, probe_cache, refuse_unsupported
+from homkv.models.forward import CACHE_NAMES, cache_argument
 from homkv.spec import DEFAULT_FORMAT
 
 ATTENTION_NAME = "homkv"
@@ -237,7 +238,7 @@ def attention_forward(
     else:
         raise UnsupportedError(
             "expected keys from a homkv cache, found another cache or padding without a cache; pass use_cache=True and "
-            "no past_key_values of another kind"
+            "no cache of another kind"
         )
     return o.transpose(1, 2).contiguous(), None
 
@@ -252,7 +253,7 @@ class Attachment:
         self._implementation = ""
 
     def new_cache(self) -> KVCache:
-        """Return an empty cache to pass as ``past_key_values``."""
+        """Return an empty cache for the model's ``cache`` (``past_key_values`` before transformers 5.24)."""
         return KVCache(self.codec, **self._settings)
 
     def __enter__(self) -> "Attachment":
@@ -276,25 +277,26 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give every forward pass that starts a cache a paged one."""
-        past = kwargs.get("past_key_values")
+        past = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         use_cache = kwargs.get("use_cache")
         wanted = self.model.config.use_cache if use_cache is None else use_cache
         if isinstance(past, KVCache) or not wanted:
             return args, kwargs
         if past is not None and (not isinstance(past, DynamicCache) or past.get_seq_length()):
             raise UnsupportedError(
-                f"expected no past_key_values or a homkv cache, found a {type(past).__name__} with tokens; start the "
+                f"expected no cache or a homkv cache, found a {type(past).__name__} with tokens; start the "
                 "prompt inside the block"
             )
         if getattr(past, "homkv_replaced", False):  # it stayed empty: going on with it would forget the prompt
             raise UnsupportedError(
-                f"expected the past_key_values that the model returned, found the {type(past).__name__} it replaced; "
+                f"expected the cache that the model returned, found the {type(past).__name__} it replaced; "
                 "pass the returned cache, or start with new_cache()"
             )
         if past is not None:
             past.homkv_replaced = True
         self.last_cache = self.new_cache()
-        return args, kwargs | {"past_key_values": self.last_cache}
+        others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        return args, others | {cache_argument(self.model): self.last_cache}
 
 
 def attach(

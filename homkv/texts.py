@@ -67,13 +67,15 @@ def essay(name: str) -> str:
 def demo_document(tokenizer: PreTrainedTokenizerBase, num_tokens: int = 3000) -> tuple[str, str]:
     """Return a document and a question about it.
 
-    An essay of 2,988 tokens (of SmolLM2), cut after its last whole paragraph inside ``num_tokens``; more tokens than
+    An essay of 2,988 tokens (of SmolLM2), cut after its last whole sentence inside ``num_tokens``; more tokens than
     it has give the whole essay. Raises as ``essays`` does.
     """
-    paragraphs = essay(DEMO_ESSAY).strip().split("\n\n")
-    while len(paragraphs) > 1 and len(_ids(tokenizer, "\n\n".join(paragraphs))) > num_tokens:
-        paragraphs.pop()
-    return "\n\n".join(paragraphs), DEMO_QUESTION
+    text = essay(DEMO_ESSAY).strip()
+    ids = _ids(tokenizer, text)
+    if len(ids) > num_tokens:
+        text = str(tokenizer.decode(ids[:num_tokens]))
+        text = text[: text.rfind(".") + 1] or text
+    return text, DEMO_QUESTION
 
 
 @dataclass(frozen=True)

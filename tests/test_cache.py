@@ -1,57 +1,20 @@
 """The paged cache: the same bytes on every path, nothing lost, shared or overwritten by mistake."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from cache_cases import FORMATS, D, G, append, assert_same_bytes, filled, make_cache, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from homkv.attention.prefill import causal
 from homkv.attention.reference import oracle
 from homkv.cache import PagedCache
 from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError
-from homkv.formats import format_names, make_codec
+from homkv.formats import format_names
 from homkv.testing.cases import GROUPS
 from homkv.testing.compare import assert_relative
-from homkv.testing.inputs import make_tokens
-
-D, G = 64, 2
-FORMATS = ("balanced", "fp16", "hack", "hack-2026", "hack:rqe=0")
-
-
-def make_cache(name: str = "balanced", **changes: int) -> PagedCache:
-    settings_ = {"num_layers": 2, "num_kv_heads": G, "num_blocks": 16, "max_sequences": 4} | changes
-    return PagedCache(make_codec(name, D), impl="reference", **settings_)
-
-
-def tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[G, T, D]``; a prefix of a longer call with the same seed."""
-    k, v = (make_tokens("normal", 1100, G, D, seed=2 * seed + i)[:count].transpose(0, 1) for i in (0, 1))
-    return k.half().float(), v.half().float()
-
-
-def append(cache: PagedCache, seq_id: int, k: Tensor, v: Tensor) -> None:
-    for layer in range(cache.num_layers):
-        cache.append(layer, seq_id, k + layer, v - layer)
-
-
-def filled(name: str, count: int, seed: int = 0, **changes: int) -> tuple[PagedCache, int]:
-    cache = make_cache(name, **changes)
-    seq_id = cache.new_sequence()
-    append(cache, seq_id, *tokens(count, seed))
-    return cache, seq_id
-
-
-def assert_same_bytes(cache: PagedCache, seq_id: int, other: PagedCache, other_id: int) -> None:
-    for layer in range(cache.num_layers):
-        found, expected = cache.export_layer(layer, seq_id), other.export_layer(layer, other_id)
-        assert found.num_tokens == expected.num_tokens
-        for name in ("pages", "exact_k", "exact_v"):
-            assert torch.equal(getattr(found, name), getattr(expected, name)), name
-
 
 # -- appending -----------------------------------------------------------------------------------------------------
 
@@ -304,107 +267,3 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(HomkvError, match="once"):
         cache.attend(0, [seq_id, seq_id], q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1), 0.1)
     assert cache.num_tokens(seq_id) == 10
-
-
-# -- lives of sequences --------------------------------------------------------------------------------------------
-
-
-def test_a_freed_sequence_is_gone() -> None:
-    cache, seq_id = filled("balanced", 200)
-    cache.free(seq_id)
-    assert cache.num_free_blocks == 16
-    k, v = tokens(1)
-    for use in (
-        lambda: cache.free(seq_id),
-        lambda: cache.append(0, seq_id, k, v),
-        lambda: cache.view(0, [seq_id]),
-        lambda: cache.fork(seq_id),
-        lambda: cache.export_layer(0, seq_id),
-        lambda: cache.num_tokens(seq_id),
-    ):
-        with pytest.raises(HomkvError, match="live sequence"):
-            use()
-    assert cache.new_sequence() != seq_id
-    cache.check()
-
-
-@pytest.mark.parametrize("name", ["balanced", "hack"])
-def test_a_fork_shares_pages_and_goes_its_own_way(name: str) -> None:
-    cache, a = filled(name, 300)
-    pages = cache.codec.num_pages(300)
-    b = cache.fork(a)
-    assert cache.num_free_blocks == 16 - pages
-    assert_same_bytes(cache, a, cache, b)
-    append(cache, a, *tokens(70, seed=1))
-    append(cache, b, *tokens(100, seed=2))
-    cache.check()
-    for seq_id, count, seed in ((a, 70, 1), (b, 100, 2)):
-        alone, alone_id = filled(name, 300)
-        append(alone, alone_id, *tokens(count, seed=seed))
-        assert_same_bytes(cache, seq_id, alone, alone_id)
-    cache.free(a)
-    assert cache.num_free_blocks == 16 - cache.codec.num_pages(400)
-    cache.check()
-    cache.free(b)
-    assert cache.num_free_blocks == 16
-
-
-def test_no_fork_between_two_layers() -> None:
-    cache, seq_id = filled("balanced", 10)
-    cache.append(0, seq_id, *tokens(1))
-    with pytest.raises(HomkvError, match="forward pass"):
-        cache.fork(seq_id)
-
-
-# -- integrity and transfer ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("at", [0, 1000, -1])
-def test_a_flipped_bit_is_noticed(at: int) -> None:
-    cache, seq_id = filled("balanced", 300)
-    cache.check()
-    view = cache.view(1, [seq_id])
-    view.pool[int(view.page_table[0, 1]), G - 1, at] ^= 1
-    with pytest.raises(HomkvError, match="changed after it was sealed"):
-        cache.check()
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("count", [0, 3, 200])
-def test_content_travels_between_caches(name: str, count: int) -> None:
-    source, a = filled(name, count)
-    target = make_cache(name, num_blocks=7)
-    target.new_sequence(100)
-    b = target.new_sequence()
-    for layer in range(2):
-        target.load_layer(layer, b, source.export_layer(layer, a))
-    target.check()
-    assert_same_bytes(target, b, source, a)
-    for cache, seq_id in ((source, a), (target, b)):
-        append(cache, seq_id, *tokens(150, seed=1))
-    assert_same_bytes(target, b, source, a)
-
-
-def test_content_of_the_wrong_shape_is_refused() -> None:
-    source, a = filled("balanced", 300)
-    content = source.export_layer(0, a)
-    target = make_cache()
-    b = target.new_sequence()
-    for changes in (
-        {"num_tokens": 301},
-        {"num_tokens": -1},
-        {"pages": content.pages[:1]},
-        {"pages": content.pages[..., :-64]},
-        {"pages": content.pages.float()},
-        {"exact_k": content.exact_k[:, 1:]},
-        {"exact_v": content.exact_v[..., :32]},
-        {"exact_k": content.exact_k.float()},
-        {"exact_v": content.exact_v.bfloat16()},
-    ):
-        with pytest.raises(ShapeError, match="same format and model"):
-            target.load_layer(0, b, replace(content, **changes))
-    assert target.num_tokens(b) == 0
-    assert target.num_free_blocks == 16
-    target.load_layer(0, b, content)
-    with pytest.raises(HomkvError, match="empty"):
-        target.load_layer(0, b, content)

@@ -1,5 +1,6 @@
 """homkv inside transformers: same tokens as the plain model, every padding, every way to generate."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from homkv.errors import CapacityError, FormatError, HomkvError, UnsupportedError
 from homkv.hf import Attachment, KVCache, attach
+from homkv.models.forward import returned_cache
 from homkv.testing.compare import assert_relative
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "initializer_range": 0.2}
@@ -38,6 +40,13 @@ models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def kv(cache: object) -> dict[str, object]:
+    return {CACHE: cache}
 
 
 def prompts(*shape: int) -> Tensor:
@@ -81,7 +90,7 @@ def test_logits_are_near_those_of_the_model(build: type, name: str, tolerance: f
         out = model(ids[:, :190], use_cache=True)
         found = []
         for t in range(190, 200):
-            out = model(ids[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(ids[:, t : t + 1], **kv(returned_cache(out)))
             found.append(out.logits[:, -1])
     difference = (torch.stack(found, 1) - expected).square().mean().sqrt()
     assert difference <= tolerance * expected.square().mean().sqrt()
@@ -95,15 +104,15 @@ def test_chunked_prefill_is_prefill(build: type) -> None:
     with attached(model):
         past, found = None, []
         for chunk in ids.split([70, 1, 64, 35], 1):
-            out = model(chunk, past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(chunk, **kv(past), use_cache=True)
+            past = returned_cache(out)
             found.append(out.logits)
     assert isinstance(past, KVCache)
     assert_relative(torch.cat(found, 1), expected, 5e-3)  # keys and values were rounded to fp16
     with attached(model, exact_dtype=torch.float32):
         whole = model(ids[:, :60], use_cache=True).logits
         first = model(ids[:, :30], use_cache=True)
-        second = model(ids[:, 30:60], past_key_values=first.past_key_values).logits
+        second = model(ids[:, 30:60], **kv(returned_cache(first))).logits
     assert_relative(torch.cat((first.logits, second), 1), whole, 1e-4)
 
 
@@ -172,7 +181,7 @@ def test_gradients_do_not_pile_up_in_the_cache() -> None:
     model, ids = llama(), prompts(1, 140)
     with torch.enable_grad(), attached(model, "balanced") as attachment:
         out = model(ids, use_cache=True)
-        model(ids[:, :1], past_key_values=out.past_key_values)
+        model(ids[:, :1], **kv(returned_cache(out)))
     view = attachment.last_cache.paged.view(0, attachment.last_cache.seq_ids)
     assert not view.exact_k.requires_grad
     assert not view.exact_v.requires_grad
@@ -185,12 +194,12 @@ def test_a_cache_can_be_passed_reset_and_used_again() -> None:
     model, ids = llama(), prompts(2, 140)
     with attached(model) as attachment:
         cache = attachment.new_cache()
-        first = generate(model, ids, past_key_values=cache)
+        first = generate(model, ids, **kv(cache))
         assert attachment.last_cache is None
         assert cache.get_seq_length() == 151
         cache.reset()
         assert cache.get_seq_length() == 0
-        assert torch.equal(generate(model, ids, past_key_values=cache), first)
+        assert torch.equal(generate(model, ids, **kv(cache)), first)
 
 
 def test_sequences_can_be_continued_elsewhere() -> None:
@@ -199,35 +208,35 @@ def test_sequences_can_be_continued_elsewhere() -> None:
     with attached(model) as attachment:
         expected = generate(model, ids)
         out = model(ids[:, :-1], use_cache=True)
-        cache = KVCache.adopt(out.past_key_values.paged, out.past_key_values.seq_ids)
-        assert torch.equal(generate(model, ids, past_key_values=cache), expected)
-    assert attachment.last_cache is out.past_key_values
+        cache = KVCache.adopt(returned_cache(out).paged, returned_cache(out).seq_ids)
+        assert torch.equal(generate(model, ids, **kv(cache)), expected)
+    assert attachment.last_cache is returned_cache(out)
 
 
 def test_caches_of_other_kinds_are_refused() -> None:
     model, ids = llama(), prompts(1, 8)
-    started = model(ids, use_cache=True).past_key_values
+    started = returned_cache(model(ids, use_cache=True))
     static = StaticCache(config=model.config, max_cache_len=64)
     with attached(model):
         for past in (started, static):
             with pytest.raises(UnsupportedError, match="homkv cache"):
-                model(ids[:, :1], past_key_values=past, use_cache=True)
+                model(ids[:, :1], **kv(past), use_cache=True)
         own = DynamicCache(config=model.config)
-        model(ids, past_key_values=own, use_cache=True)
+        model(ids, **kv(own), use_cache=True)
         with pytest.raises(UnsupportedError, match="returned"):  # it stayed empty: going on would forget the prompt
-            model(ids[:, :1], past_key_values=own, use_cache=True)
+            model(ids[:, :1], **kv(own), use_cache=True)
 
 
 def test_what_pages_cannot_do_is_refused() -> None:
     model, ids = llama(), prompts(2, 140)
     with attached(model):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = returned_cache(model(ids, use_cache=True))
         for call in (
             lambda: cache.crop(1),
             lambda: cache.batch_repeat_interleave(2),
             lambda: cache.batch_select_indices(torch.tensor([0])),
             lambda: cache.layers[0].reorder_cache(torch.tensor([0, 1])),
-            lambda: model(ids[:1, :1], past_key_values=cache),
+            lambda: model(ids[:1, :1], **kv(cache)),
             lambda: model(ids, attention_mask=torch.ones(2, 1, 140, 140, dtype=torch.bool).tril()),
         ):
             with pytest.raises(UnsupportedError):
@@ -240,20 +249,20 @@ def test_a_cache_needs_its_attention() -> None:
     model, ids = llama(), prompts(1, 8)
     with attached(model) as attachment:
         cache = attachment.new_cache()
-    model(ids, past_key_values=cache)
+    model(ids, **kv(cache))
     with pytest.raises(HomkvError, match="attach"):
-        model(ids, past_key_values=cache)
+        model(ids, **kv(cache))
 
 
 def test_a_full_cache_refuses_and_can_go_on_afterwards() -> None:
     model, ids = llama(), prompts(1, 400)
     with attached(model, max_tokens=64) as attachment:
         cache = attachment.new_cache()
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :60], **kv(cache))
         with pytest.raises(CapacityError, match="at most 64 tokens"):
-            model(ids[:, 60:], past_key_values=cache)
+            model(ids[:, 60:], **kv(cache))
         expected = model(ids[:, :64]).logits[:, -1:]
-        assert_relative(model(ids[:, 60:64], past_key_values=cache).logits[:, -1:], expected, 5e-3)
+        assert_relative(model(ids[:, 60:64], **kv(cache)).logits[:, -1:], expected, 5e-3)
 
 
 def test_without_a_cache_attention_is_the_models_own() -> None:
@@ -284,7 +293,7 @@ def test_leaving_the_block_undoes_everything(fails: bool) -> None:
     assert model.config._attn_implementation == before
     assert not model._forward_pre_hooks
     out = model(ids, use_cache=True)
-    assert isinstance(out.past_key_values, DynamicCache)
+    assert isinstance(returned_cache(out), DynamicCache)
     assert torch.equal(out.logits, expected)
     with attached(model):
         model(ids)

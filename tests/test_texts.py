@@ -58,11 +58,12 @@ def test_demo_document_is_an_essay_of_three_thousand_tokens(smollm2: LoadedModel
 
 @pytest.mark.model
 @pytest.mark.parametrize("num_tokens", [1, 500, 1000])
-def test_demo_document_is_cut_at_a_paragraph(smollm2: LoadedModel, num_tokens: int) -> None:
+def test_demo_document_is_cut_at_a_sentence(smollm2: LoadedModel, num_tokens: int) -> None:
     document, _ = texts.demo_document(smollm2.tokenizer, num_tokens)
     whole = texts.essay(texts.DEMO_ESSAY).strip()
-    assert whole.startswith(document + "\n\n")
-    assert len(smollm2.tokenizer(document).input_ids) <= num_tokens or "\n\n" not in document
+    assert whole.startswith(document)
+    assert document.endswith(".") or num_tokens == 1
+    assert 0.8 * num_tokens < len(smollm2.tokenizer(document).input_ids) <= num_tokens
 
 
 @pytest.mark.model

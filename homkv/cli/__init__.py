@@ -36,7 +36,8 @@ def main() -> None:
     except HomkvError as error:
         if "--debug" in args:
             raise
-        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="bold red", markup=False, highlight=False)
+        message = f"{type(error).__name__}: {error}"
+        Console(stderr=True, soft_wrap=True).print(message, style="bold red", markup=False, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from homkv.errors import HomkvError, ShapeError, UnsupportedError
+from homkv.errors import ShapeError, UnsupportedError
 from homkv.spec import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
@@ -116,18 +116,10 @@ def _read(document: Path) -> str:
 
 
 def _tokenizer(console: Console, model: str) -> Any:
-    from homkv.models import BUNDLES, load_tokenizer
+    from homkv.models import load_tokenizer
 
     with console.status(f"reading {escape(model)}") as status:
-        try:
-            return load_tokenizer(model, progress=status.update)
-        except HomkvError:  # says what is wrong already; FormatError is a ValueError as well
-            raise
-        except (OSError, ValueError) as error:  # what transformers says of a name that it cannot find
-            raise UnsupportedError(
-                f"expected {', '.join(BUNDLES)}, a folder, a .gguf file or a hub name that can be reached, found "
-                f"{model!r}: {str(error).splitlines()[0]}"
-            ) from error
+        return load_tokenizer(model, progress=status.update)
 
 
 def _write(file: Path, text: str) -> None:

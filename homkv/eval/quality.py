@@ -15,6 +15,7 @@ from homkv.errors import ShapeError
 from homkv.formats import make_codec
 from homkv.hf import KVCache, attach
 from homkv.models import LoadedModel
+from homkv.models.forward import last_logits, returned_cache
 from homkv.texts import PasskeyPrompt
 
 Step = Callable[[], None]
@@ -54,8 +55,9 @@ def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int) -> ExactRun:
         )
     rows = [loaded.model(row[None], use_cache=True, logits_to_keep=ids.shape[1] - prefix) for row in ids]
     layers = range(loaded.num_layers)
-    keys = [torch.cat([r.past_key_values.layers[i].keys[:, :, :prefix] for r in rows]) for i in layers]
-    values = [torch.cat([r.past_key_values.layers[i].values[:, :, :prefix] for r in rows]) for i in layers]
+    caches = [returned_cache(row) for row in rows]
+    keys = [torch.cat([c.layers[i].keys[:, :, :prefix] for c in caches]) for i in layers]
+    values = [torch.cat([c.layers[i].values[:, :, :prefix] for c in caches]) for i in layers]
     return ExactRun(ids, prefix, keys, values, torch.cat([r.logits for r in rows]))
 
 
@@ -86,9 +88,9 @@ def decode_forced(
     with attach(loaded.model, kv_cache_dtype, impl=impl):
         cache = store_prefix(loaded, exact, kv_cache_dtype, impl)
         for t in range(exact.prefix, exact.ids.shape[1]):
-            out = loaded.model(exact.ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            logits = last_logits(loaded.model, exact.ids[:, t : t + 1], cache)
             step()
-            yield out.logits[:, -1]
+            yield logits
 
 
 def divergence(

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from homkv.errors import DTypeError, UnsupportedError
+from homkv.errors import DTypeError, HomkvError, UnsupportedError
 from homkv.models.bundles import BUNDLES, Bundle
 from homkv.models.cache import Progress, cache_root, dequantized, file_sha256
 from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported
@@ -81,21 +81,19 @@ def load_model(
     with _no_progress_bars():
         source = _find(name_or_path, progress)
         progress(f"loading {name_or_path}")
-        try:
+        with _explained(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            raise UnsupportedError(
-                f"expected one of {', '.join(BUNDLES)}, a folder, a .gguf file or a hub name that can be reached, "
-                f"found {name_or_path!r}, which transformers cannot load: {str(error).splitlines()[0]}"
-            ) from error
     progress(f"measuring {name_or_path}")
     return describe_model(model, cast(PreTrainedTokenizerBase, tokenizer), name_or_path)
 
 
 def load_tokenizer(name_or_path: str, *, progress: Progress = _silent) -> PreTrainedTokenizerBase:
-    """Load only the tokenizer of what ``load_model`` loads; a GGUF file is dequantized into the cache on the way."""
-    with _no_progress_bars():
+    """Load only the tokenizer of what ``load_model`` loads; a GGUF file is dequantized into the cache on the way.
+
+    Raises UnsupportedError and FormatError as ``load_model`` does.
+    """
+    with _no_progress_bars(), _explained(name_or_path):
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(_find(name_or_path, progress)))
 
 
@@ -133,6 +131,20 @@ def _find(name_or_path: str, progress: Progress) -> str:
         progress(f"reading {path.name}")
         build = partial(dequantized, path.stem, file_sha256(path), lambda: [path], progress)
     return str(build()) if build else name_or_path
+
+
+@contextmanager
+def _explained(name_or_path: str) -> Iterator[None]:
+    """Turn what transformers says of a model that it cannot load into our error."""
+    try:
+        yield
+    except HomkvError:  # says what is wrong already; FormatError is a ValueError as well
+        raise
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(
+            f"expected one of {', '.join(BUNDLES)}, a folder, a .gguf file or a hub name that can be reached, found "
+            f"{name_or_path!r}, which transformers cannot load: {str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from homkv.errors import UnsupportedError
+from homkv.models.forward import returned_cache
 from homkv.rope import Pairing, RopeSpec, no_rope, pairing_of, rope_from_config
 
 FINGERPRINT_BYTES = 64 * 1024  # of each tensor: enough to tell models apart, quick for any size
@@ -51,7 +52,7 @@ def probe_cache(model: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
     """Keys and values ``[G, 2, D]`` of layer 0 for one token twice: equal but for what the position does to them."""
     token = int(model.config.get_text_config().vocab_size) // 2  # any but padding, whose keys may be zero
     ids = torch.full((1, 2), token, device=model.device)
-    layers = getattr(model.base_model(input_ids=ids, use_cache=True).past_key_values, "layers", None)
+    layers = getattr(returned_cache(model.base_model(input_ids=ids, use_cache=True)), "layers", None)
     if not layers or getattr(layers[0], "keys", None) is None:
         raise UnsupportedError(f"expected a model with a KV cache, {name} keeps none; use a model like Llama or Qwen2")
     return layers[0].keys[0], layers[0].values[0]

@@ -16,6 +16,7 @@ from homkv.formats import PageCodec, make_codec
 from homkv.formats.exact import ExactCodec
 from homkv.hf import Attachment, KVCache
 from homkv.models import LoadedModel
+from homkv.models.forward import last_logits
 from homkv.seal import LayerContent
 from homkv.serve.messages import Sampling
 from homkv.transport.wire import Expectation
@@ -121,15 +122,12 @@ class PagedEngine(Engine):
         """See Engine.load."""
         self.cache.load_layer(layer, seq, content)
 
-    @torch.no_grad()
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
         """See Engine.step. Sequences of unequal length share one pass."""
         positions = torch.tensor([[self.cache.num_tokens(s)] for s in seqs])
         cache = KVCache.adopt(self.cache, seqs)
         ids = torch.tensor(tokens).unsqueeze(1)
-        out = self.loaded.model(ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return last_logits(self.loaded.model, ids, cache, position_ids=positions)
 
     def free(self, seq: int) -> None:
         """See Engine.free."""
@@ -178,14 +176,13 @@ class ExactEngine(Engine):
         k, v = torch.cat((k, content.exact_k.to(dtype)), 1), torch.cat((v, content.exact_v.to(dtype)), 1)
         self._caches[seq].update(k[None], v[None], layer)
 
-    @torch.no_grad()
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
         """See Engine.step. One pass per sequence: transformers' own caches do not share one."""
         rows = [
-            self.loaded.model(torch.tensor([[t]]), past_key_values=self._caches[s], use_cache=True).logits[:, -1]
+            last_logits(self.loaded.model, torch.tensor([[t]]), self._caches[s])
             for s, t in zip(seqs, tokens, strict=True)
         ]
-        return torch.cat(rows).float()
+        return torch.cat(rows)
 
     def free(self, seq: int) -> None:
         """See Engine.free."""

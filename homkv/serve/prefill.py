@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from homkv.errors import HomkvError, ShapeError, TransferError
 from homkv.formats import PageCodec
 from homkv.models import LoadedModel
+from homkv.models.forward import last_logits
 from homkv.seal import LayerContent, pack_layer
 from homkv.serve.engine import EXACT_DTYPE, expectation, sample, serving_codec
 from homkv.serve.messages import Cancel, Failed, Finish, Prefill, PrefillDone, PrefillTimes, Progress, ToPrefill
@@ -282,9 +283,9 @@ class PrefillInstance:
 
         cache = StreamingCache(self.loaded.model.config, on_layer)
         ids = torch.tensor([ask.prompt_ids])
-        logits = self.loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = last_logits(self.loaded.model, ids, cache, logits_to_keep=1)[0]
         generator = torch.Generator().manual_seed(ask.sampling.seed)
-        return sample(logits.float(), ask.sampling, generator)
+        return sample(logits, ask.sampling, generator)
 
     def _raw_bytes(self, num_tokens: int) -> int:
         """The same KV in 16 bits."""

@@ -14,6 +14,7 @@ from homkv import cli
 from homkv.cli.demo import render
 from homkv.eval.compare import Agreement
 from homkv.eval.demo import Comparison, Run
+from homkv.models import load_tokenizer
 from homkv.serve import spawn
 from homkv.serve.client import PHASES
 
@@ -156,13 +157,14 @@ def test_documents_without_text_are_refused(demo, document: Path, content: bytes
 
 
 def test_an_unknown_model_is_refused(demo, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    def unknown(name: str, progress: object) -> None:
+    def unknown(name: str) -> None:
         raise OSError("no such thing\nand more")
 
-    monkeypatch.setattr("homkv.models.load_tokenizer", unknown)
+    monkeypatch.setattr("homkv.models.load_tokenizer", load_tokenizer)  # the real one; the fixture has a tiny one
+    monkeypatch.setattr("homkv.models.AutoTokenizer.from_pretrained", unknown)
     code, said, started = demo("--model", "nonsense")
     assert (code, bool(started)) == (2, False)
-    assert "'nonsense': no such thing" in said
+    assert "'nonsense', which transformers cannot load: no such thing" in said
 
 
 def test_what_was_asked_reaches_the_processes(demo, document: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
