@@ -1,8 +1,10 @@
 """Page-centred rows in RoPE order: homkv's own format, ``kABCDvEFGH``. Bytes: docs/format.md."""
 
+import struct
 from collections.abc import Sequence
 
 import torch
+import xxhash
 from torch import Tensor
 
 from homkv.errors import ShapeError
@@ -37,10 +39,12 @@ class RowsCodec(PageCodec):
         self.name = spec.name
         self.layout = spec.layout(head_dim)
         self.page_bytes = self.layout.page_bytes
-        self.layout_id = f"rows/{FORMAT_VERSION} {spec.name} D={head_dim}"
         order = range(head_dim) if order is None else order
         if sorted(order) != list(range(head_dim)):
             raise ShapeError(f"expected a permutation of {head_dim} channels, found {list(order)}")
+        # Codes in another order are other codes: the wire must tell them apart.
+        digest = xxhash.xxh32_hexdigest(struct.pack(f"<{len(order)}H", *order))
+        self.layout_id = f"rows/{FORMAT_VERSION} {spec.name} D={head_dim} order={digest}"
         self.order = torch.tensor(list(order), dtype=torch.int64)
 
     def encode(self, k: Tensor, v: Tensor, first_position: int = 0) -> Tensor:

@@ -18,9 +18,9 @@ import torch
 from homkv.errors import FormatError, HomkvError, ShapeError, TransferError
 from homkv.models import LoadedModel
 from homkv.seal import LayerContent
-from homkv.serve.engine import EXACT_DTYPE, Engine, expectation, make_engine, sample
+from homkv.serve.engine import EXACT_DTYPE, Engine, make_engine, plan_sequence, sample
 from homkv.serve.messages import Cancel, DecodeTimes, Done, Failed, Finish, Reserve, Ticket, ToDecode, Token
-from homkv.transport.assemble import LayerData, SequenceAssembler, SequencePlan
+from homkv.transport.assemble import LayerData, SequenceAssembler
 from homkv.transport.endpoint import DEFAULTS, LinkOptions
 from homkv.transport.keys import Security
 from homkv.transport.lease import Lease
@@ -173,14 +173,7 @@ class DecodeInstance:
             )
         self._check_lengths(ask)
         engine = self.engines[ask.kv_cache_dtype]
-        plan = SequencePlan(
-            expect=expectation(self.loaded, engine.codec),
-            sequence=ask.request_id,
-            epoch=next(self._epochs),
-            num_tokens=ask.num_prompt_tokens,
-            num_pages=engine.codec.num_pages(ask.num_prompt_tokens),
-            num_exact=engine.codec.num_exact(ask.num_prompt_tokens),
-        )
+        plan = plan_sequence(self.loaded, engine.codec, ask.request_id, next(self._epochs), ask.num_prompt_tokens)
         assembler = SequenceAssembler(plan)
         seq = engine.reserve(ask.num_prompt_tokens + ask.max_new_tokens)
         request = _Request(client, ask, engine, seq, assembler, Lease(self.lease_s))

@@ -19,6 +19,7 @@ from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
 from homkv.seal import LayerContent
 from homkv.serve.messages import Sampling
+from homkv.transport.assemble import SequencePlan
 from homkv.transport.wire import Expectation
 
 EXACT_DTYPE = torch.float16  # of sinks and window on the wire and in the cache
@@ -35,6 +36,18 @@ def expectation(loaded: LoadedModel, codec: PageCodec, exact_dtype: torch.dtype 
         head_dim=loaded.head_dim,
         page_bytes=codec.page_bytes,
         exact_dtype=str(exact_dtype).removeprefix("torch."),  # type: ignore[arg-type]  # the wire checks the name
+    )
+
+
+def plan_sequence(loaded: LoadedModel, codec: PageCodec, request_id: str, epoch: int, num_tokens: int) -> SequencePlan:
+    """What crosses the wire for a prompt; both sides compute it alike."""
+    return SequencePlan(
+        expect=expectation(loaded, codec),
+        sequence=request_id,
+        epoch=epoch,
+        num_tokens=num_tokens,
+        num_pages=codec.num_pages(num_tokens),
+        num_exact=codec.num_exact(num_tokens),
     )
 
 

@@ -18,9 +18,8 @@ from homkv.formats import PageCodec
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
 from homkv.seal import LayerContent, pack_layer
-from homkv.serve.engine import EXACT_DTYPE, expectation, sample, serving_codec
+from homkv.serve.engine import EXACT_DTYPE, plan_sequence, sample, serving_codec
 from homkv.serve.messages import Cancel, Failed, Finish, Prefill, PrefillDone, PrefillTimes, Progress, ToPrefill
-from homkv.transport.assemble import SequencePlan
 from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions
 from homkv.transport.keys import Security
 from homkv.transport.link import Event, Listener, Message, PeerLost
@@ -230,17 +229,6 @@ class PrefillInstance:
             self._codecs[name] = serving_codec(name, self.loaded.head_dim, self.loaded.rope.channel_order())
         return self._codecs[name]
 
-    def _plan(self, ask: Prefill, codec: PageCodec) -> SequencePlan:
-        num_tokens = len(ask.prompt_ids)
-        return SequencePlan(
-            expect=expectation(self.loaded, codec),
-            sequence=ask.request_id,
-            epoch=ask.epoch,
-            num_tokens=num_tokens,
-            num_pages=codec.num_pages(num_tokens),
-            num_exact=codec.num_exact(num_tokens),
-        )
-
     def _prefill(self, job: _Job) -> PrefillDone:
         """Compute, pack, send, and wait until the decode instance has verified everything."""
         start_s, ask = time.monotonic(), job.ask
@@ -248,7 +236,7 @@ class PrefillInstance:
         codec = self._codec(ask.kv_cache_dtype)
         sender = FrameSender(
             ask.decode_endpoint,
-            self._plan(ask, codec),
+            plan_sequence(self.loaded, codec, ask.request_id, ask.epoch, len(ask.prompt_ids)),
             self._security,
             ask.decode_key,
             shaper=self._shaper,

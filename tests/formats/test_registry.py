@@ -74,6 +74,12 @@ def test_a_layout_names_the_bytes(name: str) -> None:
     assert make_codec(name, 64).name in (name, PRESETS.get(name))
 
 
+def test_a_layout_names_the_order_of_its_channels() -> None:
+    natural, turned = (make_codec("balanced", 64, order).layout_id for order in (None, range(63, -1, -1)))
+    assert natural != turned
+    assert natural == make_codec("balanced", 64, range(64)).layout_id
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "pages"), [(0, 0), (1, 0), (68, 0), (131, 0), (132, 1), (195, 1), (196, 2), (32768, 510)]
 )
