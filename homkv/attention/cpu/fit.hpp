@@ -95,9 +95,12 @@ template <int B>
 inline vi fit_scales(const vf* y, int width, vi& bad) {
   vf s;
   if (B == 8) {
-    s = vf{};
-    for (int i = 0; i < width; i++) s = max(s, (vf)((vi)y[i] & 0x7FFFFFFF));
-    s = at_least(s * (1 / 127.f), SMALLEST_SCALE);
+    vi largest = {};  // magnitudes as integers keep their order, and a NaN is the largest of all
+    for (int i = 0; i < width; i++) {
+      const vi magnitude = (vi)y[i] & 0x7FFFFFFF;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    s = at_least((vf)largest * (1 / 127.f), SMALLEST_SCALE);
   } else {
     const vf square = tree_sum<vf>(power_of_two(width), [&](int i) { return i < width ? y[i] * y[i] : vf{}; });
     s = sqrt(square * (1 / (float)width)) * (B == 2 ? (float)(0.9957 / 64) : (float)(0.3352 / 16));
