@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -25,9 +27,36 @@ COMBINATIONS = ("k0000v0000", "k2222v0000", "k0000v2248", "k8024v4028", "k4442v2
 isas = pytest.mark.parametrize("isa", ISAS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_torch_thread() -> Iterator[None]:
+    """The reference runs thousands of small operations: threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
 def make_codec(name: str, head_dim: int, seed: int = 0) -> RowsCodec:
     generator = torch.Generator().manual_seed(seed)
     return RowsCodec(head_dim, RowsSpec.parse(name), torch.randperm(head_dim, generator=generator).tolist())
+
+
+Inputs = tuple[Tensor, LayerView, RowsCodec, float]
+Results = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@cache
+def make_inputs(name: str, head_dim: int, lengths: tuple[int, ...], group: int, num_tokens: int = 1) -> Inputs:
+    codec = make_codec(name, head_dim)
+    view = make_view(codec, list(lengths), 2, exact_dtype=torch.bfloat16)
+    return queries(view, 2 * group, num_tokens), view, codec, head_dim**-0.5
+
+
+@cache
+def reference_results(name: str, head_dim: int, lengths: tuple[int, ...], group: int, num_tokens: int = 1) -> Results:
+    inputs = make_inputs(name, head_dim, lengths, group, num_tokens)
+    return reference.attend(*inputs), reference.attend(*inputs, dtype=torch.float64)
 
 
 def queries(view: LayerView, num_q_heads: int, num_tokens: int = 1, seed: int = 77) -> Tensor:
@@ -42,42 +71,43 @@ def relative_norm(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
 
 
-def assert_matches(q: Tensor, view: LayerView, codec: RowsCodec, scale: float, **options: object) -> None:
+def assert_close(found: tuple[Tensor, Tensor], wanted: Results) -> None:
     """Queries round to the same int8, so the lse has no excuse. A weight on the edge between two uint8 codes may fall
     either way, in the float32 reference too: a few of those are allowed for.
     """
-    o, lse = native(q, view, codec, scale, **options)
-    reference_o, reference_lse = reference.attend(q, view, codec, scale)
-    exact_o, exact_lse = reference.attend(q, view, codec, scale, dtype=torch.float64)
+    (o, lse), ((reference_o, reference_lse), (exact_o, exact_lse)) = found, wanted
     assert o.dtype == lse.dtype == torch.float32
     assert_as_accurate(lse, reference_lse, exact_lse)
     assert relative_norm(o, exact_o) <= 2 * relative_norm(reference_o, exact_o) + 5e-4
 
 
+def assert_matches(q: Tensor, view: LayerView, codec: RowsCodec, scale: float, isa: str) -> None:
+    inputs = (q, view, codec, scale)
+    wanted = reference.attend(*inputs), reference.attend(*inputs, dtype=torch.float64)
+    assert_close(native(*inputs, isa=isa), wanted)
+
+
 @isas
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_shape(case: Case, isa: str) -> None:
-    codec = make_codec("balanced", case.head_dim)
-    view = make_view(codec, [case.length], case.num_kv_heads)
-    assert_matches(queries(view, case.num_q_heads), view, codec, case.head_dim**-0.5, isa=isa)
+    shape = ("balanced", case.head_dim, (case.length,), case.group)
+    assert_close(native(*make_inputs(*shape), isa=isa), reference_results(*shape))
 
 
 @isas
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", [*PRESETS, *COMBINATIONS])
 def test_every_format_in_a_ragged_batch(name: str, head_dim: int, isa: str) -> None:
-    codec = make_codec(name, head_dim)
-    view = make_view(codec, [0, 1, 203, 330], 2, exact_dtype=torch.bfloat16)
-    assert_matches(queries(view, 6), view, codec, head_dim**-0.5, isa=isa)
+    shape = (name, head_dim, (0, 1, 203, 330), 3)
+    assert_close(native(*make_inputs(*shape), isa=isa), reference_results(*shape))
 
 
 @isas
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("num_tokens", [1, 2, 9])
 def test_any_number_of_rows(num_tokens: int, group: int, isa: str) -> None:
-    codec = make_codec("k8420v4222", 64)
-    view = make_view(codec, [300, 140], 2)
-    assert_matches(queries(view, 2 * group, num_tokens), view, codec, 0.125, isa=isa)
+    shape = ("k8420v4222", 64, (300, 140), group, num_tokens)
+    assert_close(native(*make_inputs(*shape), isa=isa), reference_results(*shape))
 
 
 @isas
