@@ -19,6 +19,14 @@ inline const uint8_t* page_at(const homkv_attend_args& a, int batch, int head, i
 
 constexpr int FETCH_DISTANCE = 2;  // pages: one is too late where memory is slow, three are no better
 
+// The page to fetch while page p is computed. At the end of a head, the first ones of the next: most likely the next task.
+inline const uint8_t* page_ahead(const AttendTask& task, int p) {
+  const int later = p + FETCH_DISTANCE;
+  if (later < task.last) return page_at(*task.args, task.batch, task.head, later);
+  const int next_head = task.head + 1 < task.args->heads ? task.head + 1 : task.head;
+  return page_at(*task.args, task.batch, next_head, min_int(task.first + later - task.last, task.last - 1));
+}
+
 void attend_pages(const AttendTask& task) {
   const homkv_attend_args& a = *task.args;
   const homkv_layout& layout = *a.layout;
@@ -29,8 +37,7 @@ void attend_pages(const AttendTask& task) {
     query.prepare(layout, a.q + row * layout.head_dim, task.rows, a.softmax_scale);
     for (int p = task.first; p < task.last; p++) {
       const uint8_t* page = page_at(a, task.batch, task.head, p);
-      const uint8_t* later = page_at(a, task.batch, task.head, min_int(p + FETCH_DISTANCE, task.last - 1));
-      attend_page(layout, page, (intptr_t)later - (intptr_t)page, query, state);
+      attend_page(layout, page, (intptr_t)page_ahead(task, p) - (intptr_t)page, query, state);
     }
   }
   state.finish(task.out);
