@@ -154,22 +154,24 @@ def attention_row(shape: HeadShape, name: str, batch: int, context: int, options
         candidates: Candidates = {"homkv": attend, "read": read}
         candidates |= peers(q, shape, context, dtype, dtype_name, scale)
         times = measure(candidates, options.repetitions, options.seconds)
-        take(row, times, rows, batch)
+        take(row, times, rows)
     best = min(row["ratios"], key=row["ratios"].__getitem__)
-    return row | {"best_peer": best, "best_ratio": row["ratios"][best]}
+    beside = {key: row["peers"][best][key] for key in ("homkv_ms", "read_fraction")}
+    return row | {"best_peer": best, "best_ratio": row["ratios"][best], **beside}
 
 
-def take(row: dict[str, Any], times: dict[str, list[float]], measured_batch: int, batch: int) -> None:
-    """Enter one measurement into the row. Ratios compare equal batches; ``measured_batch`` says which."""
-    base = times.pop("homkv")
-    read = times.pop("read")
-    if measured_batch == batch or "homkv_ms" not in row:
-        row["homkv_ms"] = statistics.median(base) * 1e3
-        row["homkv_batch"] = measured_batch
-        row["read_fraction"] = 1 / paired_ratio(base, read)
+def take(row: dict[str, Any], times: dict[str, list[float]], batch: int) -> None:
+    """Enter one measurement into the row: every peer with homkv's time beside it, both at ``batch``."""
+    base, read = times.pop("homkv"), times.pop("read")
     for name, samples in times.items():
         row["ratios"][name] = paired_ratio(samples, base)
-        row["peers"][name] = {"ms": statistics.median(samples) * 1e3, "batch": measured_batch, "n": len(samples)}
+        row["peers"][name] = {
+            "ms": statistics.median(samples) * 1e3,
+            "homkv_ms": statistics.median(base) * 1e3,
+            "read_fraction": paired_ratio(read, base),
+            "batch": batch,
+            "n": len(samples),
+        }
 
 
 def peer_batch(shape: HeadShape, batch: int, context: int, dtype: torch.dtype, max_gib: float) -> int:
