@@ -55,9 +55,9 @@ def decode_scales(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def encode_scales(s: Tensor, *, up: bool) -> Tensor:
-    """Float32 scales to E5M3 bytes, to nearest or upwards. Raises FormatError above 240."""
+    """Float32 scales to E5M3 bytes, to nearest or upwards. Raises FormatError above 240 and for NaN."""
     byte = ((s.view(torch.int32) + ((1 << 20) - 1 if up else 1 << 19)) >> 20) - (103 << 3)
-    if byte.numel() and int(byte.max()) > 255:
+    if byte.numel() and (int(byte.max()) > 255 or not bool(torch.isfinite(s).all())):
         raise FormatError(
             f"expected row scales up to 240, found {float(s.max()):.4g}; keys or values this large cannot be "
             "quantized: use --kv-cache-dtype fp16"
@@ -116,7 +116,7 @@ def quantize_keys(k: Tensor, order: Tensor, layout: PageLayout) -> tuple[list[Qu
     x = k.to(torch.float32)[..., order]
     require_finite(x, "keys")
     centre = (tree_sum(x.transpose(-1, -2)) * (1 / 64)).to(torch.float16)
-    if bool(torch.isinf(centre).any()):
+    if not bool(torch.isfinite(centre).all()):  # an overflowing sum is NaN here
         raise FormatError("expected key means within fp16 (65504), found a larger one; use --kv-cache-dtype fp16")
     residual = x - centre.to(torch.float32).unsqueeze(-2)
     rows = []

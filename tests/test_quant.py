@@ -169,3 +169,13 @@ def test_no_input_gives_other_levels_or_nan(kind: str, bits: int) -> None:
         assert torch.all(lanes % (2 ** (8 - bits)) == 2 ** (7 - bits))
     assert torch.isfinite(decode_scales(scales)).all()
     assert lanes.abs().max() <= 127
+
+
+def test_overflow_inside_the_arithmetic_is_refused() -> None:
+    layout = RowsSpec.parse("k2222v2222").layout(64)
+    huge = torch.full((64, 64), 3e38)
+    huge[::2] *= -1
+    with pytest.raises(FormatError, match="row scales"):
+        quantize_values(huge, layout)
+    with pytest.raises(FormatError, match="key means|row scales"):
+        quantize_keys(huge, torch.arange(64), layout)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -257,7 +258,7 @@ def machine(options: CpuBenchOptions) -> dict[str, Any]:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": 1,
         "clock": "cpu time of the calling thread",
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "options": {key: str(value) for key, value in asdict(options).items()},
         "unix_time": int(time.time()),
     }
@@ -276,21 +277,20 @@ def cpu_model(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def attention_table(rows: list[dict[str, Any]]) -> Table:
-    """Times of homkv, the best of torch's ways, and every ratio."""
-    peers_shown = [f"{way} {dtype}" for dtype in PEER_DTYPES for way in ("sdpa", "matmul")]
-    table = Table(title="Decode attention, one thread: how many times slower torch is on unpacked keys and values")
-    for column in ("heads", "format", "batch", "context", "homkv ms", "best torch", "ms", "times slower"):
-        table.add_column(column)
-    for column in (*peers_shown, "of read floor"):
-        table.add_column(column, justify="right")
+    """One block of lines per measurement: homkv, a read of as many bytes, torch's ways from fastest to slowest."""
+    table = Table(title="Decode attention, one thread; torch on unpacked keys and values", box=box.SIMPLE_HEAD)
+    table.add_column("heads, format, batch x context")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    table.add_column("times slower", justify="right")
     for row in rows:
-        best = row["peers"][row["best_peer"]]
-        table.add_row(
-            *(row["shape"], row["format"], str(row["batch"]), f"{row['context']:,}", f"{row['homkv_ms']:.2f}"),
-            *(row["best_peer"], at_batch(f"{best['ms']:.2f}", best, row), f"[bold]{row['best_ratio']:.1f}[/bold]"),
-            *(at_batch(f"{row['ratios'][name]:.1f}", row["peers"][name], row) for name in peers_shown),
-            f"{row['read_fraction']:.2f}",
-        )
+        case = f"{row['shape']}, {row['format']}, {row['batch']} x {row['context']:,}"
+        table.add_row(case, "homkv", f"{row['homkv_ms']:.2f}", "1.0", style="bold")
+        table.add_row("", "read of the pages", "", f"{row['read_fraction']:.2f}")
+        for name in sorted(row["ratios"], key=row["ratios"].__getitem__):
+            peer = row["peers"][name]
+            table.add_row("", f"torch {name}", at_batch(f"{peer['ms']:.2f}", peer, row), f"{row['ratios'][name]:.1f}")
+        table.add_section()
     return table
 
 
