@@ -149,13 +149,17 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
                 f"expected the batch of {len(self.seq_ids)} sequences this cache was started with, found {q.shape[0]}; "
                 "use a new cache"
             )
+        if self.max_tokens is not None:
+            self._check_room(layer, q.shape[2], self.max_tokens)
+        return self.paged.attend(layer, self.seq_ids, q, k, v, softmax_scale, real)
+
+    def _check_room(self, layer: int, num_new: int, max_tokens: int) -> None:
         longest = max(self.paged.num_tokens(s, layer) for s in self.seq_ids)
-        if self.max_tokens is not None and longest + q.shape[2] > self.max_tokens:
+        if longest + num_new > max_tokens:
             raise CapacityError(
-                f"expected at most {self.max_tokens} tokens in a sequence, found {longest} and {q.shape[2]} more; "
+                f"expected at most {max_tokens} tokens in a sequence, found {longest} and {num_new} more; "
                 "nothing was stored: attach with a larger max_tokens"
             )
-        return self.paged.attend(layer, self.seq_ids, q, k, v, softmax_scale, real)
 
     def _open(self, batch: int) -> None:
         assert self.max_tokens is not None  # only adopted caches have none, and they are open

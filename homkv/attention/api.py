@@ -5,8 +5,8 @@ from torch import Tensor
 
 from homkv.attention import cpu, reference
 from homkv.attention.prefill import causal
-from homkv.attention.view import LayerView
-from homkv.errors import DTypeError, ShapeError, UnsupportedError
+from homkv.attention.view import LayerView, check_query
+from homkv.errors import ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
 from homkv.formats.hack import HackCodec
 from homkv.formats.hack_prefill import quantized_prefill
@@ -50,10 +50,11 @@ def attend(
     ``impl``: "cpu" (C++), "reference" (torch); None takes the format's first. Threads: torch.get_num_threads().
     Raises ShapeError, DTypeError, UnsupportedError.
     """
-    check_query(q, view, codec)
     if resolve_impl(codec, impl) == "cpu":
         assert isinstance(codec, RowsCodec)
-        return cpu.attend(q, view, codec.layout, codec.order, softmax_scale)
+        return cpu.attend(q, view, codec.layout, codec.order, softmax_scale)  # checks for itself
+    check_query(q, view.slots.shape[0], view.pool.shape[1], codec.head_dim)
+    check_pool(view, codec)
     return reference.attend(q, view, codec, softmax_scale)
 
 
@@ -73,16 +74,8 @@ def computes_quantized_prefill(codec: PageCodec) -> bool:
     return isinstance(codec, HackCodec) and codec.options.prefill == "int8"
 
 
-def check_query(q: Tensor, view: LayerView, codec: PageCodec) -> None:
-    """Raise ShapeError or DTypeError unless q fits the view."""
-    batch, groups = view.slots.shape[0], view.pool.shape[1]
-    if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % groups or q.shape[3] != codec.head_dim:
-        raise ShapeError(
-            f"expected q [B={batch}, H multiple of {groups}, T, D={codec.head_dim}], found {tuple(q.shape)}; "
-            "transpose it to [B, H, T, D]"
-        )
-    if not q.is_floating_point() or q.device.type != "cpu":
-        raise DTypeError(f"expected a floating point q on the CPU, found {q.dtype} on {q.device}; move or cast it")
+def check_pool(view: LayerView, codec: PageCodec) -> None:
+    """Raise ShapeError unless the view's pages are this codec's."""
     if view.pool.dtype != torch.uint8 or view.pool.shape[-1] != codec.page_bytes:
         raise ShapeError(
             f"expected a pool of uint8 pages of {codec.page_bytes} bytes ({codec.name}), found {view.pool.dtype} "

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from homkv.errors import DTypeError, ShapeError
+
 
 @dataclass(frozen=True)
 class LayerView:
@@ -22,3 +24,15 @@ class LayerView:
     exact_v: Tensor
     exact_len: Tensor
     slots: Tensor
+
+
+def check_query(q: Tensor, batch: int, heads: int, head_dim: int) -> None:
+    """Raise ShapeError or DTypeError unless q is ``[batch, multiple of heads, T, head_dim]`` on the CPU."""
+    shape = q.shape
+    if q.ndim != 4 or shape[0] != batch or shape[3] != head_dim or heads == 0 or shape[1] % heads:
+        raise ShapeError(
+            f"expected q [B={batch}, H multiple of {heads}, T, D={head_dim}], found {tuple(shape)}; "
+            "transpose it to [B, H, T, D]"
+        )
+    if not q.is_floating_point() or q.device.type != "cpu":
+        raise DTypeError(f"expected a floating point q on the CPU, found {q.dtype} on {q.device}; move or cast it")

@@ -7,13 +7,15 @@ the stored form and is itself stored. KL is ``mean over tokens of sum_x p(x) (lo
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from homkv.cache import PagedCache
 from homkv.errors import ShapeError
+from homkv.eval.compare import kl_divergence
 from homkv.formats import make_codec
-from homkv.hf import KVCache, attach
+from homkv.hf import Attachment, KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits, returned_cache
 from homkv.texts import PasskeyPrompt
@@ -85,8 +87,8 @@ def decode_forced(
     loaded: LoadedModel, exact: ExactRun, kv_cache_dtype: str, *, impl: str | None = None, step: Step = lambda: None
 ) -> Iterable[Tensor]:
     """Feed the tokens behind the prefix one at a time; yields logits ``[B, V]`` for each."""
-    with attach(loaded.model, kv_cache_dtype, impl=impl):
-        cache = store_prefix(loaded, exact, kv_cache_dtype, impl)
+    cache = store_prefix(loaded, exact, kv_cache_dtype, impl)
+    with Attachment(loaded.model, cache.codec, {}):  # the model was measured when it was loaded
         for t in range(exact.prefix, exact.ids.shape[1]):
             logits = last_logits(loaded.model, exact.ids[:, t : t + 1], cache)
             step()
@@ -100,11 +102,11 @@ def divergence(
     kls, hits = [], []
     logits = decode_forced(loaded, exact, kv_cache_dtype, impl=impl, step=step)
     for t, found in enumerate(logits):
-        p, q = torch.log_softmax(exact.logits[:, t].double(), -1), torch.log_softmax(found.double(), -1)
-        kls.append((p.exp() * (p - q)).sum(-1))
+        p, q = exact.logits[:, t].float().numpy(), found.numpy()
+        kls.append(kl_divergence(p, q))
         hits.append(p.argmax(-1) == q.argmax(-1))
-    kl, hit = torch.stack(kls, 1), torch.stack(hits, 1)
-    return Divergence(float(kl.mean()), float(hit.double().mean()), kl.numel(), kl.mean(1).tolist())
+    kl, hit = np.stack(kls, 1), np.stack(hits, 1)
+    return Divergence(float(kl.mean()), float(hit.mean()), kl.size, kl.mean(1).tolist())
 
 
 def passkey(

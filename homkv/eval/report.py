@@ -66,7 +66,7 @@ def measure(loaded: LoadedModel, options: QualityOptions, begin: Begin) -> list[
         scores[name] = divergence(loaded, exact, name, impl=options.impl, step=step)
     prompts = passkey_prompts(loaded.tokenizer, options.passkey_tokens, options.passkey_prompts)
     step = begin("pass-key", len(prompts) * len(names))
-    found = passkey(loaded, prompts, names, step=step) if prompts else dict.fromkeys(names, 0)
+    found = passkey(loaded, prompts, names, step=step)
     return [
         QualityRow(
             model=loaded.name,

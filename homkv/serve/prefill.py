@@ -254,7 +254,7 @@ class PrefillInstance:
             packed_s=pipe.packed_s,
             sent_s=max(f.sent_s for f in frames),
             pack_busy_s=pipe.busy_s,
-            send_busy_s=self._link_busy_s(wire_bytes),
+            send_busy_s=self._shaper.seconds(wire_bytes),
             verify_busy_s=sum(f.verify_s for f in frames),
         )
         return PrefillDone(ask.request_id, self._raw_bytes(len(ask.prompt_ids)), wire_bytes, times)
@@ -278,10 +278,6 @@ class PrefillInstance:
     def _raw_bytes(self, num_tokens: int) -> int:
         """The same KV in 16 bits."""
         return 4 * self.loaded.num_layers * self.loaded.num_kv_heads * self.loaded.head_dim * num_tokens
-
-    def _link_busy_s(self, num_bytes: int) -> float:
-        """Time that the emulated link needs for this many bytes; 0 if unshaped."""
-        return 0.0 if self._shaper.gbps is None else num_bytes * 8 / (self._shaper.gbps * 1e9)
 
 
 def _unwanted(job: _Job) -> TransferError:

@@ -23,13 +23,17 @@ class LinkShaper:
         self._free_at_s = float("-inf")
         self._lock = threading.Lock()
 
+    def seconds(self, num_bytes: int) -> float:
+        """Time that this many bytes occupy the link; 0 if it is not shaped."""
+        return 0.0 if self.gbps is None else num_bytes * 8 / (self.gbps * 1e9)
+
     def reserve(self, num_bytes: int, ready_at_s: float) -> float:
         """Occupy the link for one frame that is ready at ``ready_at_s``; returns when its last byte has crossed.
 
         Times are seconds of one clock, chosen by the caller; the shaper itself never looks at a clock.
         """
         with self._lock:
-            took_s = 0.0 if self.gbps is None else num_bytes * 8 / (self.gbps * 1e9)
+            took_s = self.seconds(num_bytes)
             self.sent_bytes += num_bytes
             self.busy_s += took_s
             if self.gbps is None:

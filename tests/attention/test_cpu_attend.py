@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -10,37 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cases import COMBINATIONS, ISAS, isas, make_codec, needs_kernel
 from torch import Tensor
 
 from homkv.attention import cpu, reference
 from homkv.attention.view import LayerView
 from homkv.formats.rows import RowsCodec
-from homkv.spec import DIGITS, HEAD_DIMS, PRESETS, RowsSpec
+from homkv.spec import DIGITS, HEAD_DIMS, PRESETS
 from homkv.testing.cases import CASES, GROUPS, RAGGED, Case
 from homkv.testing.compare import assert_as_accurate, max_error
 from homkv.testing.inputs import make_tokens, make_view
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="native kernel not built")
-
-ISAS = cpu.available_isas() if cpu.is_available() else ()
-COMBINATIONS = ("k0000v0000", "k2222v0000", "k0000v2248", "k8024v4028", "k4442v2444", "k2480v8042", "k2228v8884")
-isas = pytest.mark.parametrize("isa", ISAS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    """The reference runs thousands of small operations: threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@cache
-def make_codec(name: str, head_dim: int, seed: int = 0) -> RowsCodec:
-    generator = torch.Generator().manual_seed(seed)
-    return RowsCodec(head_dim, RowsSpec.parse(name), torch.randperm(head_dim, generator=generator).tolist())
-
+pytestmark = needs_kernel
 
 Inputs = tuple[Tensor, LayerView, RowsCodec, float]
 Results = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]

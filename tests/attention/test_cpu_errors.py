@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_cases import needs_kernel
 from torch import Tensor
 
 from homkv.attention import api, cpu
@@ -16,8 +17,6 @@ from homkv.errors import DTypeError, HomkvError, ShapeError, UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS, RowsSpec
 from homkv.testing.inputs import make_view
-
-needs_kernel = pytest.mark.skipif(not cpu.is_available(), reason="native kernel not built")
 
 CODEC = RowsCodec(64, RowsSpec.parse("balanced"))
 Change = Callable[[LayerView], LayerView]

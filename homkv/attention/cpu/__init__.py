@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from homkv.attention.cpu import binding, checks
-from homkv.attention.view import LayerView
+from homkv.attention.view import LayerView, check_query
 from homkv.errors import UnsupportedError
 from homkv.spec import PageLayout
 
@@ -62,7 +62,7 @@ def attend(
     """
     library = binding.load()
     batch, heads = checks.check_view(view, layout)
-    checks.check_query(q, batch, heads, layout.head_dim)
+    check_query(q, batch, heads, layout.head_dim)
     shape = binding.layout_struct(layout, checks.check_order(order))
     q = q.to(torch.float32).contiguous()
     o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32)

@@ -26,18 +26,6 @@ def check_order(order: Tensor) -> tuple[int, ...]:
     return tuple(order.flatten().tolist())
 
 
-def check_query(q: Tensor, batch: int, heads: int, head_dim: int) -> None:
-    """Raise ShapeError or DTypeError unless q is ``[batch, multiple of heads, T, head_dim]`` on the CPU."""
-    shape = q.shape
-    if q.ndim != 4 or shape[0] != batch or shape[3] != head_dim or heads == 0 or shape[1] % heads:
-        raise ShapeError(
-            f"expected q [B={batch}, H multiple of {heads}, T, D={head_dim}], found {tuple(shape)}; "
-            "transpose it to [B, H, T, D]"
-        )
-    if not q.is_floating_point() or q.device.type != "cpu":
-        raise DTypeError(f"expected a floating point q on the CPU, found {q.dtype} on {q.device}; move or cast it")
-
-
 def check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int) -> None:
     """Raise DTypeError or ShapeError unless x is a contiguous CPU tensor of this kind."""
     if x.dtype not in dtypes or x.device.type != "cpu":
