@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton: kernels are then interpreted on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from homkv.errors import UnsupportedError
 from homkv.models import LoadedModel, load_model
 
@@ -18,6 +21,12 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton kernels run: the GPU if there is one, else the CPU, interpreted."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,82 @@
+"""Merging the partial outputs of a decode call by their log-sum-exp."""
+
+import triton
+import triton.language as tl
+
+from homkv.attention.triton.lanes import NEVER, hadamard
+
+
+@triton.jit
+def weighted(O, at, m, top, live, channel, inside, D: tl.constexpr):
+    """``sum_i exp2(m[i] - top) O[at[i], channel]``."""
+    use = live[:, None] & inside[None, :]
+    o = tl.load(O + at.to(tl.int64)[:, None] * D + channel[None, :], mask=use, other=0.0)
+    return tl.sum(o * tl.exp2(m - top)[:, None], 0)
+
+
+@triton.jit(do_not_specialize=["exact_tokens"])
+def combine_kernel(
+    O, Lse, PartO, PartM, PartL, Items, ExactO, ExactM, ExactL, ExactLen, exact_tokens,
+    V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, EXACT_TILE: tl.constexpr,
+    EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Merge the partial outputs of one query row and one run of channels, and rotate the pages' part back.
+
+    Grid (batch * HEADS * ROWS, len(V)). Rows of O and Lse: ``[batch, HEADS, ROWS]``. ``V``: runs of channels
+    ``(start, width, stored)`` that cover the head; those not stored have exact tokens only.
+    """
+    row = tl.program_id(0) % ROWS
+    head = tl.program_id(0) // ROWS % HEADS
+    b = tl.program_id(0) // (ROWS * HEADS)
+    tiles = tl.cdiv(tl.minimum(tl.load(ExactLen + b), exact_tokens), EXACT_TILE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    item = tl.load(Items + b * 2)
+    count = tl.load(Items + b * 2 + 1)
+    e = tl.arange(0, EXACT_TILES)
+    exact_at = ((b * HEADS + head) * EXACT_TILES + e) * ROWS + row
+    exact_m = tl.load(ExactM + exact_at, mask=e < tiles, other=NEVER)
+    exact_l = tl.load(ExactL + exact_at, mask=e < tiles, other=0.0)
+    for c in tl.static_range(len(V)):
+        if tl.program_id(1) == c:
+            total, top = combine_run(
+                O, PartO, PartM, PartL, ExactO, exact_at, exact_m, exact_l, e < tiles, item, count, head, row, V, c, D,
+                ROWS, HEADS, SPLITS,
+            )  # fmt: skip
+            if c == 0:
+                lse = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf"))
+                tl.store(Lse + tl.program_id(0), lse)
+
+
+@triton.jit
+def combine_run(
+    O, PartO, PartM, PartL, ExactO, exact_at, exact_m, exact_l, exact_live, item, count, head, row, V: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Output of one run of channels; returns the denominator and the maximum it is relative to."""
+    WIDTH: tl.constexpr = V[C][1]
+    PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+    c = tl.arange(0, PADDED)
+    channel = V[C][0] + c
+    s = tl.arange(0, SPLITS)
+    top = tl.max(exact_m, 0)
+    total = tl.sum(exact_l * tl.exp2(exact_m - top), 0)
+    exact = weighted(ExactO, exact_at, exact_m, top, exact_live, channel, c < WIDTH, D)
+    pages = tl.zeros([PADDED], tl.float32)
+    for i in range(0, count, SPLITS):
+        live = i + s < count
+        at = ((item + i + s) * HEADS + head) * ROWS + row
+        m = tl.load(PartM + at, mask=live, other=NEVER)
+        l = tl.load(PartL + at, mask=live, other=0.0)
+        new = tl.maximum(top, tl.max(m, 0))
+        decay = tl.exp2(top - new)
+        total = total * decay + tl.sum(l * tl.exp2(m - new), 0)
+        exact = exact * decay
+        if V[C][2]:
+            pages = pages * decay + weighted(PartO, at, m, new, live, channel, c < WIDTH, D)
+        top = new
+    if V[C][2]:
+        exact += hadamard(pages[None, :], 1, PADDED, WIDTH & -WIDTH).reshape([PADDED])
+    out = exact * tl.where(total > 0, 1.0 / total, 0.0)
+    tl.store(O + tl.program_id(0).to(tl.int64) * D + channel, out, mask=c < WIDTH)
+    return total, top
