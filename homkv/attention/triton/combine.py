@@ -7,11 +7,10 @@ from homkv.attention.triton.lanes import NEVER, hadamard
 
 
 @triton.jit
-def weighted(O, at, m, top, live, channel, inside, D: tl.constexpr):
-    """``sum_i exp2(m[i] - top) O[at[i], channel]``."""
+def load_rows(O, at, live, channel, inside, D: tl.constexpr):
+    """Channels of some partial outputs, ``[rows, channels]``; zero where not live or not inside."""
     use = live[:, None] & inside[None, :]
-    o = tl.load(O + at.to(tl.int64)[:, None] * D + channel[None, :], mask=use, other=0.0)
-    return tl.sum(o * tl.exp2(m - top)[:, None], 0)
+    return tl.load(O + at.to(tl.int64)[:, None] * D + channel[None, :], mask=use, other=0.0)
 
 
 @triton.jit(do_not_specialize=["exact_tokens"])
@@ -59,21 +58,24 @@ def combine_run(
     c = tl.arange(0, PADDED)
     channel = V[C][0] + c
     s = tl.arange(0, SPLITS)
+    exact = load_rows(ExactO, exact_at, exact_live, channel, c < WIDTH, D)
     top = tl.max(exact_m, 0)
     total = tl.sum(exact_l * tl.exp2(exact_m - top), 0)
-    exact = weighted(ExactO, exact_at, exact_m, top, exact_live, channel, c < WIDTH, D)
+    exact = tl.sum(exact * tl.exp2(exact_m - top)[:, None], 0)
     pages = tl.zeros([PADDED], tl.float32)
     for i in range(0, count, SPLITS):
+        # All loads of a round before anything that waits for one of them.
         live = i + s < count
         at = ((item + i + s) * HEADS + head) * ROWS + row
         m = tl.load(PartM + at, mask=live, other=NEVER)
         l = tl.load(PartL + at, mask=live, other=0.0)
+        part = load_rows(PartO, at, live & (V[C][2] == 1), channel, c < WIDTH, D)
         new = tl.maximum(top, tl.max(m, 0))
         decay = tl.exp2(top - new)
-        total = total * decay + tl.sum(l * tl.exp2(m - new), 0)
+        share = tl.exp2(m - new)
+        total = total * decay + tl.sum(l * share, 0)
         exact = exact * decay
-        if V[C][2]:
-            pages = pages * decay + weighted(PartO, at, m, new, live, channel, c < WIDTH, D)
+        pages = pages * decay + tl.sum(part * share[:, None], 0)
         top = new
     if V[C][2]:
         exact += hadamard(pages[None, :], 1, PADDED, WIDTH & -WIDTH).reshape([PADDED])

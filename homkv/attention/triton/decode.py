@@ -29,9 +29,10 @@ from homkv.attention.view import LayerView
 from homkv.formats.rows import RowsCodec
 from homkv.spec import ChannelClass, PageLayout
 
+MIN_PAGES = tl.constexpr(4)  # of a split, and the step of its size: fewer would cost more to merge than to read
 EXACT_TILE = 32  # exact tokens that one program attends to
 PREPARE_WARPS = 2
-COMBINE_SPLITS = 32  # partial outputs that are merged at a time
+COMBINE_SPLITS = 64  # partial outputs that are merged at a time
 COMBINE_WARPS = 4
 LOG2_127 = tl.constexpr(6.988684686772166)
 LOG2_255 = tl.constexpr(7.994353436858858)
@@ -127,7 +128,7 @@ def decode_kernel(
     """
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, pages = find_split(item, NumPages, batch, max_items, 1, BATCH_BLOCK)
+    b, split, count, pages = find_split(item, NumPages, batch, max_items, MIN_PAGES, BATCH_BLOCK)
     if b >= batch:
         return
     if split == 0:
@@ -136,7 +137,7 @@ def decode_kernel(
     n = tl.arange(0, N)
     own = n < ROWS
 
-    first, stop = split_range(split, count, pages, 1)
+    first, stop = split_range(split, count, pages)
     table = PageTable + b.to(tl.int64) * max_pages
     ahead = tl.load(table + first, mask=first < stop, other=0)
     if PDL:

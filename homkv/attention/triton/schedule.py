@@ -33,9 +33,6 @@ def find_split(item, NumPages, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK
 
 
 @triton.jit
-def split_range(split, count, pages, STEP: tl.constexpr):
-    """First and last + 1 page of a split: equal shares in multiples of STEP pages."""
-    steps = (pages + STEP - 1) // STEP
-    first = (split * steps) // count * STEP
-    stop = ((split + 1) * steps) // count * STEP
-    return tl.minimum(first, pages), tl.minimum(stop, pages)
+def split_range(split, count, pages):
+    """First and last + 1 page of a split: equal shares."""
+    return split * pages // count, (split + 1) * pages // count
