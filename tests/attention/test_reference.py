@@ -173,7 +173,7 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ShapeError, match="another format"):
         api.attend(torch.zeros(1, 4, 1, 64), view, make_codec("small", 64), 1.0, impl="reference")
     with pytest.raises(UnsupportedError, match="choose one of these"):
-        api.attend(torch.zeros(1, 4, 1, 64), view, codec, 1.0, impl="triton")
+        api.attend(torch.zeros(1, 4, 1, 64), view, codec, 1.0, impl="cuda")
 
 
 # -- partial results -----------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def attend_rows(
     exact = (empty(batch, heads, tiles, rows, dim), empty(batch, heads, tiles, rows), empty(batch, heads, tiles, rows))
     o, lse = empty(*q.shape), empty(*q.shape[:3])
     prepare_kernel[(batch, heads, len(k_classes) + 1 + tiles)](
-        q, order_on(codec, device), codes, units, centre, view.exact_k, view.exact_v, view.exact_len, view.slots,
+        q, order_on_device(codec.order, device), codes, units, centre, view.exact_k, view.exact_v, view.exact_len, view.slots,
         *exact,
         exact_tokens, num_slots, *q.stride()[:3], softmax_scale * LOG2E.value, **shape, Q_LEN=q.shape[2],
         EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles, PDL=pdl, num_warps=PREPARE_WARPS,
@@ -286,6 +286,6 @@ def _order(order: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(order, dtype=torch.int32, device=device)
 
 
-def order_on(codec: RowsCodec, device: torch.device) -> Tensor:
-    """The codec's channel order on a device, int32; made once."""
-    return _order(tuple(codec.order.tolist()), device)
+def order_on_device(order: Tensor, device: torch.device) -> Tensor:
+    """A channel order (on the CPU) as int32 on a device; made once."""
+    return _order(tuple(order.tolist()), device)
