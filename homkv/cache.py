@@ -5,34 +5,29 @@ encoded; all three leave the same bytes. A page is written once, when ``page_tok
 window, and never again; so sequences can share pages by reference.
 """
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from homkv.attention import api
-from homkv.attention.prefill import causal_partial
-from homkv.attention.reference import merge_partials
 from homkv.attention.view import LayerView
-from homkv.blocks import BlockPool
+from homkv.digests import PageDigests
 from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
-from homkv.seal import LayerContent, seal, to_exact
+from homkv.seal import LayerContent, check_status, seal, to_exact
+from homkv.sequences import Sequence, SequenceTable
+from homkv.upload import Uploader, to_device
 
 
-@dataclass
-class _Sequence:
-    slot: int
-    blocks: list[int] = field(default_factory=list)  # at least as many as the longest layer has pages
-
-
-class PagedCache:
+class PagedCache(SequenceTable):
     """Compressed KV of up to ``max_sequences`` sequences.
 
     ``num_blocks``: pages per layer and kv head, shared by all sequences. ``exact_dtype``: of sinks and window.
     ``impl``: who encodes and attends; None takes the format's first (see homkv.attention.api).
+    ``device``: where pages, sinks and windows lie and attention runs; counters stay on the host.
+
+    On a GPU nothing waits for the device at every layer: values that cannot be stored are noticed behind the last
+    layer of a forward pass, which then raises FormatError, and their sequences refuse everything but ``free``.
     """
 
     def __init__(
@@ -45,81 +40,41 @@ class PagedCache:
         max_sequences: int = 1,
         exact_dtype: torch.dtype = torch.float16,
         impl: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.codec, self.exact_dtype, self.impl = codec, exact_dtype, api.resolve_impl(codec, impl)
-        self.num_layers, self.num_kv_heads, self.max_sequences = num_layers, num_kv_heads, max_sequences
+        self.device = torch.empty(0, device=device).device  # with its index
+        self.num_kv_heads, self.exact_dtype = num_kv_heads, exact_dtype
+        self.impl = api.resolve_impl(codec, impl, self.device)
+        super().__init__(codec, num_layers, num_blocks, max_sequences)
         page_shape = (max(num_blocks, 1), num_kv_heads, codec.page_bytes)
-        self._pools = [torch.empty(page_shape, dtype=torch.uint8) for _ in range(num_layers)]
+        self._pools = self._allocate(page_shape, torch.uint8)
         exact_shape = (max_sequences, num_kv_heads, codec.num_sinks + codec.max_window, codec.head_dim)
-        self._exact_k = [torch.empty(exact_shape, dtype=exact_dtype) for _ in range(num_layers)]
-        self._exact_v = [torch.empty(exact_shape, dtype=exact_dtype) for _ in range(num_layers)]
-        # Counters in numpy: reading and writing single numbers of a tensor costs more than a small attention.
-        self._page_table = np.zeros((max_sequences, max(num_blocks, 1)), np.int32)
-        self._num_pages = np.zeros((num_layers, max_sequences), np.int32)
-        self._exact_len = np.zeros((num_layers, max_sequences), np.int32)
-        self._digests: dict[tuple[int, int], int] = {}
-        self._blocks = BlockPool(num_blocks)
-        self._sequences: dict[int, _Sequence] = {}
-        self._free_slots = list(range(max_sequences - 1, -1, -1))
-        self._next_id = 0
+        self._exact_k, self._exact_v = (self._allocate(exact_shape, exact_dtype) for _ in "kv")
+        self.status = torch.zeros(1, dtype=torch.int32, device=self.device)  # set where a value could not be stored
+        self._status = None if self.device.type == "cpu" else self.status  # for calls that raise unless given one
+        self._digests = PageDigests(num_layers, page_shape[0], num_kv_heads * codec.page_bytes, self.device)
+        self._upload = Uploader(self.device)
 
-    # -- sequences ---------------------------------------------------------------------------------------------
-
-    def new_sequence(self, num_tokens: int = 0) -> int:
-        """Open an empty sequence with room reserved for ``num_tokens``; returns its id, which is never reused.
-
-        Raises CapacityError if no slot or not enough blocks are free; nothing changes then.
-        """
-        if not self._free_slots:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        try:
+            return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(self.num_layers)]
+        except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"expected a free sequence slot, found all {self.max_sequences} taken; free a sequence first"
-            )
-        blocks = self._blocks.allocate(self.codec.num_pages(num_tokens))
-        sequence = _Sequence(self._free_slots.pop())
-        self._hold(sequence, blocks)
-        self._num_pages[:, sequence.slot] = 0
-        self._exact_len[:, sequence.slot] = 0
-        self._next_id += 1
-        self._sequences[self._next_id] = sequence
-        return self._next_id
+                f"expected memory for {self.num_layers} layers of {list(shape)} on {self.device}, found too little; "
+                "build the cache for fewer or shorter sequences (max_tokens)"
+            ) from error
 
     def fork(self, seq_id: int) -> int:
         """Open a copy that shares all pages with ``seq_id`` and continues on its own.
 
         Raises CapacityError if no slot is free, HomkvError in the middle of a forward pass (unequal layers).
         """
-        source = self._sequence(seq_id)
-        pages = self._num_pages[:, source.slot]
-        if len(set(pages.tolist())) > 1 or len(set(self._exact_len[:, source.slot].tolist())) > 1:
-            raise HomkvError("expected all layers at the same length, found a forward pass in progress; fork after it")
-        new_id = self.new_sequence()
-        copy = self._sequence(new_id)
-        shared = source.blocks[: int(pages[0]) if self.num_layers else 0]
-        self._blocks.share(shared)
-        self._hold(copy, shared)
-        self._num_pages[:, copy.slot] = pages
-        self._exact_len[:, copy.slot] = self._exact_len[:, source.slot]
+        new_id = super().fork(seq_id)
+        source, copy = self._sequence(seq_id).slot, self._sequence(new_id).slot
         for buffers in (self._exact_k, self._exact_v):
             for buffer in buffers:
-                buffer[copy.slot] = buffer[source.slot]
+                buffer[copy] = buffer[source]
         return new_id
-
-    def free(self, seq_id: int) -> None:
-        """Give back the sequence's slot and its references to pages. Raises HomkvError if it was freed before."""
-        sequence = self._sequence(seq_id)
-        del self._sequences[seq_id]
-        self._blocks.release(sequence.blocks)
-        self._free_slots.append(sequence.slot)
-
-    def num_tokens(self, seq_id: int, layer: int = 0) -> int:
-        """Tokens stored in one layer of a sequence."""
-        slot = self._sequence(seq_id).slot
-        return int(self._num_pages[layer, slot]) * self.codec.page_tokens + int(self._exact_len[layer, slot])
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds or has reserved."""
-        return self._blocks.num_free
 
     def kv_bytes(self, seq_id: int) -> int:
         """Bytes this sequence occupies in all layers: pages, sinks and window."""
@@ -127,22 +82,10 @@ class PagedCache:
         width = self.exact_dtype.itemsize
         return self.num_kv_heads * sum(self.codec.kv_bytes(tokens, width) for tokens in n)
 
-    def _sequence(self, seq_id: int) -> _Sequence:
-        if seq_id not in self._sequences:
-            raise HomkvError(f"expected a live sequence id, found {seq_id}; it was freed or never opened")
-        return self._sequences[seq_id]
-
-    def _hold(self, sequence: _Sequence, blocks: list[int]) -> None:
-        at = len(sequence.blocks)
-        self._page_table[sequence.slot, at : at + len(blocks)] = blocks
-        sequence.blocks = sequence.blocks + blocks
-
-    def _reserve(self, growth: list[tuple[_Sequence, int]]) -> None:
-        """Give each sequence as many blocks as stated, or raise CapacityError before any changes."""
-        missing = [(s, pages - len(s.blocks)) for s, pages in growth if pages > len(s.blocks)]
-        self._blocks.require(sum(count for _, count in missing))
-        for sequence, count in missing:
-            self._hold(sequence, self._blocks.allocate(count))
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all pools, sinks and windows, whether sequences use them or not."""
+        return sum(x.nbytes for x in (*self._pools, *self._exact_k, *self._exact_v))
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
@@ -155,25 +98,39 @@ class PagedCache:
         """
         sequence = self._sequence(seq_id)
         self._check_heads(k, v)
-        slot, codec = sequence.slot, self.codec
-        held, pages = int(self._exact_len[layer, slot]), int(self._num_pages[layer, slot])
-        self._reserve([(sequence, codec.num_pages(pages * codec.page_tokens + held + k.shape[1]))])
-        k = torch.cat((self._exact_k[layer][slot, :, :held], to_exact(k, self.exact_dtype, "keys")), 1)
-        v = torch.cat((self._exact_v[layer][slot, :, :held], to_exact(v, self.exact_dtype, "values")), 1)
-        self._commit(layer, sequence, pages, seal(codec, k, v, pages, self.impl))
+        self._reserve([(sequence, self._pages_after(layer, seq_id, k.shape[1]))])
+        content = self._extended(layer, sequence, k, v)
+        check_status(self.status)
+        self._commit(layer, sequence, content)
 
-    def _commit(self, layer: int, sequence: _Sequence, first_page: int, content: LayerContent) -> None:
-        """Write new pages behind ``first_page`` and replace the exact tokens."""
+    def _store(self, layer: int, sequence: Sequence, k: Tensor, v: Tensor) -> None:
+        """Like :meth:`append` for tokens that were checked and have their room; a GPU's status is read later."""
+        self._commit(layer, sequence, self._extended(layer, sequence, k, v))
+
+    def _extended(self, layer: int, sequence: Sequence, k: Tensor, v: Tensor) -> LayerContent:
+        """New pages and all exact tokens of a layer to which ``k v [G, T, D]`` were added. Changes nothing."""
+        slot, status = sequence.slot, self._status
+        pages, held = self._counts(layer, sequence)
+        k, v = to_exact(k, self.exact_dtype, "keys", status), to_exact(v, self.exact_dtype, "values", status)
+        k = torch.cat((self._exact_k[layer][slot, :, :held], k), 1)
+        v = torch.cat((self._exact_v[layer][slot, :, :held], v), 1)
+        return seal(self.codec, k, v, pages, self.impl, status)
+
+    def _commit(self, layer: int, sequence: Sequence, content: LayerContent) -> None:
+        """Write the content's pages behind those that are there and replace the exact tokens."""
         count, held = content.pages.shape[0], content.exact_k.shape[1]
         if count:
-            blocks = sequence.blocks[first_page : first_page + count]
-            self._pools[layer][torch.tensor(blocks)] = content.pages
-            for block in blocks:
-                self._digests[layer, block] = self._digest(layer, block)
+            first_page, _ = self._counts(layer, sequence)
+            blocks = self._index(sequence.blocks[first_page : first_page + count])
+            self._pools[layer][blocks] = content.pages
+            self._digests.record(layer, self._pools[layer], blocks)
             self._num_pages[layer, sequence.slot] = first_page + count
         self._exact_k[layer][sequence.slot, :, :held] = content.exact_k
         self._exact_v[layer][sequence.slot, :, :held] = content.exact_v
         self._exact_len[layer, sequence.slot] = held
+
+    def _index(self, blocks: list[int]) -> Tensor:
+        return to_device(torch.tensor(blocks, dtype=torch.int64), self.device)
 
     def _check_heads(self, k: Tensor, v: Tensor) -> None:
         shape = (self.num_kv_heads, k.shape[1] if k.ndim == 3 else -1, self.codec.head_dim)
@@ -187,17 +144,25 @@ class PagedCache:
 
     def view(self, layer: int, seq_ids: list[int], extra: int = 0) -> LayerView:
         """What attention reads: pages by reference, exact tokens in place, ``extra`` uncommitted ones included."""
-        slots = np.array([self._sequence(s).slot for s in seq_ids], np.int32)
-        num_pages = self._num_pages[layer, slots]
-        widest = max(num_pages.max(initial=0), 1)
+        return self._view(layer, self._slots(seq_ids), extra)
+
+    def _view(self, layer: int, slots: np.ndarray, extra: int) -> LayerView:
+        counts = self._num_pages[layer, slots]
+        widest = self._upload.width(max(counts.max(initial=0), 1))
+        table, num_pages, exact_len, slots_there = self._upload(
+            np.ascontiguousarray(self._page_table[slots, :widest]),
+            counts,
+            self._exact_len[layer, slots] + np.int32(extra),
+            slots,
+        )
         return LayerView(
             pool=self._pools[layer],
-            page_table=torch.from_numpy(np.ascontiguousarray(self._page_table[slots, :widest])),
-            num_pages=torch.from_numpy(num_pages),
+            page_table=table,
+            num_pages=num_pages,
             exact_k=self._exact_k[layer],
             exact_v=self._exact_v[layer],
-            exact_len=torch.from_numpy(self._exact_len[layer, slots] + np.int32(extra)),
-            slots=torch.from_numpy(slots),
+            exact_len=exact_len,
+            slots=slots_there,
         )
 
     @torch.no_grad()
@@ -213,25 +178,46 @@ class PagedCache:
     ) -> Tensor:
         """Append T new tokens to each sequence and attend causally: ``q [B, H, T, D]``, ``k v [B, G, T, D]``.
 
-        ``real [B, T] bool``: False marks padding, which is neither stored nor attended to (its output is zero).
-        Returns ``[B, H, T, D]`` in q's dtype. New tokens attend to each other exactly and to older ones on their
-        pages; pages that become due are sealed after the attention. Raises CapacityError before anything is
+        ``real [B, T] bool``, best on the host: False marks padding, which is neither stored nor attended to (its output
+        is zero). Returns ``[B, H, T, D]`` in q's dtype. New tokens attend to each other exactly and to older ones on
+        their pages; pages that become due are sealed after the attention. Raises CapacityError before anything is
         stored; FormatError for values that cannot be stored (free the sequences of the batch then).
         """
         self._check_batch(seq_ids, q, k, v)
+        real = None if real is None else real.cpu()
         if real is not None and bool(real.all()):
             real = None
         lengths = [q.shape[2]] * len(seq_ids) if real is None else real.sum(1).tolist()
         new_tokens = zip(seq_ids, lengths, strict=True)
         self._reserve([(self._sequence(s), self._pages_after(layer, s, n)) for s, n in new_tokens])
         if q.shape[2] == 1 and real is None:
-            return self._attend_one(layer, seq_ids, q, k, v, softmax_scale)
-        out = torch.zeros_like(q)
-        for i, seq_id in enumerate(seq_ids):
-            at = slice(None) if real is None else real[i]
-            if lengths[i]:
-                out[i, :, at] = self._attend_chunk(layer, seq_id, q[i, :, at], k[i, :, at], v[i, :, at], softmax_scale)
+            out = self._attend_one(layer, seq_ids, q, k, v, softmax_scale)
+        else:
+            out = torch.zeros_like(q)
+            for i, seq_id in enumerate(seq_ids):
+                at = slice(None) if real is None else self._real_columns(real[i])
+                rows = q[i, :, at], k[i, :, at], v[i, :, at]
+                if lengths[i]:
+                    out[i, :, at] = self._attend_chunk(layer, seq_id, *rows, softmax_scale)
+        if layer == self.num_layers - 1:
+            self.check_values(seq_ids)
         return out
+
+    def _real_columns(self, real: Tensor) -> slice | Tensor:
+        """Where ``real [T]`` is set: as a slice if in one piece, for which nothing has to be uploaded."""
+        at = real.nonzero().flatten()
+        first, count = (int(at[0]), len(at)) if len(at) else (0, 0)
+        if count == 0 or int(at[-1]) - first + 1 == count:
+            return slice(first, first + count)
+        return to_device(at, self.device)
+
+    def check_values(self, seq_ids: list[int]) -> None:
+        """Raise FormatError if values were met that cannot be stored but have been; gives these sequences up."""
+        try:
+            check_status(self.status)
+        except FormatError:
+            self._broken.update(seq_ids)
+            raise
 
     def _check_batch(self, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor) -> None:
         batch, groups, dim = len(seq_ids), self.num_kv_heads, self.codec.head_dim
@@ -244,25 +230,25 @@ class PagedCache:
             )
         if len(set(seq_ids)) != batch:
             raise HomkvError(f"expected every sequence once in a batch, found {seq_ids}; fork what continues twice")
-
-    def _pages_after(self, layer: int, seq_id: int, new_tokens: int) -> int:
-        return self.codec.num_pages(self.num_tokens(seq_id, layer) + new_tokens)
+        self._refuse_broken(seq_ids)
 
     def _attend_one(
         self, layer: int, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
     ) -> Tensor:
         """One token per sequence: written behind the window, attended in place, then committed."""
-        new_k, new_v = to_exact(k[:, :, 0], self.exact_dtype, "keys"), to_exact(v[:, :, 0], self.exact_dtype, "values")
+        new_k = to_exact(k[:, :, 0], self.exact_dtype, "keys", self._status)
+        new_v = to_exact(v[:, :, 0], self.exact_dtype, "values", self._status)
         full = self.codec.num_sinks + self.codec.max_window
-        for seq_id in seq_ids:
-            if self._exact_len[layer, self._sequence(seq_id).slot] == full:
+        slots = self._slots(seq_ids)
+        for seq_id, slot in zip(seq_ids, slots, strict=True):
+            if self._exact_len[layer, slot] == full:
                 self._settle(layer, seq_id)  # sealing failed before, and fails with the same error now
-        view = self.view(layer, seq_ids, extra=1)
-        slots, at = view.slots.long(), view.exact_len.long() - 1
-        self._exact_k[layer][slots, :, at] = new_k
-        self._exact_v[layer][slots, :, at] = new_v
+        view = self._view(layer, slots, extra=1)
+        rows, at = view.slots.long(), view.exact_len.long() - 1
+        self._exact_k[layer][rows, :, at] = new_k
+        self._exact_v[layer][rows, :, at] = new_v
         o, _ = api.attend(q, view, self.codec, softmax_scale, impl=self.impl)
-        self._exact_len[layer, slots.numpy()] += 1
+        self._exact_len[layer, slots] += 1
         failures = []
         for seq_id in seq_ids:
             try:
@@ -277,7 +263,7 @@ class PagedCache:
         """Bring a layer to its resting state after one token: requantize an open block, seal a full one."""
         sequence, codec = self._sequence(seq_id), self.codec
         slot, sinks = sequence.slot, codec.num_sinks
-        held, pages = int(self._exact_len[layer, slot]), int(self._num_pages[layer, slot])
+        pages, held = self._counts(layer, sequence)
         position = sinks + pages * codec.page_tokens
         window = self._exact_v[layer][slot, :, sinks:held]
         requantized = codec.requantize_window(window, position)
@@ -285,7 +271,7 @@ class PagedCache:
             window.copy_(requantized)
         if held == sinks + codec.max_window:
             empty = self._exact_k[layer][slot, :, :0]
-            self.append(layer, seq_id, empty, empty)
+            self._store(layer, sequence, empty, empty)
 
     def _attend_chunk(self, layer: int, seq_id: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """T tokens of one sequence, ``q [H, T, D]``: exact triangle, merged with attention over what is stored."""
@@ -296,29 +282,64 @@ class PagedCache:
                 f"expected the whole prompt at once for {self.codec.name}, found a later chunk of it"
             )
         else:
-            old, old_lse = api.attend(q[None], self.view(layer, [seq_id]), self.codec, softmax_scale, impl=self.impl)
-            new, new_lse = causal_partial(q[None], k[None], v[None], softmax_scale)
-            o = merge_partials(old, old_lse, new, new_lse)[0][0].to(q.dtype)
-        self.append(layer, seq_id, k, v)
+            view = self.view(layer, [seq_id])
+            o = api.extend(q[None], k[None], v[None], view, self.codec, softmax_scale, impl=self.impl)[0]
+        self._store(layer, self._sequence(seq_id), k, v)
         return o
+
+    # -- decoding outside ---------------------------------------------------------------------------------------
+
+    def open_views(self, seq_ids: list[int]) -> list[LayerView]:
+        """One view per layer for a decode loop that keeps its own counters, as homkv.seal.append_one advances them.
+
+        The page table holds the reserved blocks as well, so the loop can go as far as ``new_sequence(num_tokens)``
+        made room. Page table and counters are copies that all layers share; until :meth:`close_views` takes them back,
+        the cache must not be used with these sequences.
+        """
+        sequences = [self._sequence(s) for s in seq_ids]
+        slots = [s.slot for s in sequences]
+        widest = self._upload.width(max([1, *(len(s.blocks) for s in sequences)]))
+        first = self.view(0, seq_ids)
+        table = torch.zeros(len(slots), widest, dtype=torch.int32)
+        table[:, : self._page_table.shape[1]] = torch.from_numpy(self._page_table[slots, :widest])
+        shared = {
+            "page_table": table.to(self.device),
+            "num_pages": first.num_pages.clone(),
+            "exact_len": first.exact_len.clone(),
+            "slots": first.slots.clone(),
+        }
+        parts = zip(self._pools, self._exact_k, self._exact_v, strict=True)
+        return [LayerView(pool=pool, exact_k=k, exact_v=v, **shared) for pool, k, v in parts]
+
+    def close_views(self, seq_ids: list[int], view: LayerView) -> None:
+        """Take over what a decode loop stored; ``view``: any of its views. Raises FormatError for unstorable values."""
+        counts = zip(seq_ids, view.num_pages.tolist(), view.exact_len.tolist(), strict=True)
+        for seq_id, num_pages, exact_len in counts:
+            sequence = self._sequence(seq_id)
+            for layer in range(self.num_layers):
+                sealed = self._index(sequence.blocks[self._counts(layer, sequence)[0] : num_pages])
+                self._digests.record(layer, self._pools[layer], sealed)
+            self._num_pages[:, sequence.slot], self._exact_len[:, sequence.slot] = num_pages, exact_len
+            for layer in range(self.num_layers):
+                self._settle(layer, seq_id)
+        self.check_values(seq_ids)
 
     # -- transfer and integrity --------------------------------------------------------------------------------
 
     def export_layer(self, layer: int, seq_id: int) -> LayerContent:
-        """Copy of one layer's stored bytes, for the wire."""
+        """Copy of one layer's stored bytes on the host, for the wire."""
+        self._refuse_broken([seq_id])
         sequence = self._sequence(seq_id)
-        pages = int(self._num_pages[layer, sequence.slot])
-        held = int(self._exact_len[layer, sequence.slot])
-        blocks = torch.tensor(sequence.blocks[:pages], dtype=torch.long)
+        pages, held = self._counts(layer, sequence)
         return LayerContent(
             num_tokens=pages * self.codec.page_tokens + held,
-            pages=self._pools[layer][blocks],
-            exact_k=self._exact_k[layer][sequence.slot, :, :held].clone(),
-            exact_v=self._exact_v[layer][sequence.slot, :, :held].clone(),
+            pages=self._pools[layer][self._index(sequence.blocks[:pages])].cpu(),
+            exact_k=self._exact_k[layer][sequence.slot, :, :held].to("cpu", copy=True),
+            exact_v=self._exact_v[layer][sequence.slot, :, :held].to("cpu", copy=True),
         )
 
     def load_layer(self, layer: int, seq_id: int, content: LayerContent) -> None:
-        """Store verified content in an empty layer of a sequence. Raises ShapeError, HomkvError, CapacityError."""
+        """Store verified content, on any device, in an empty layer. Raises ShapeError, HomkvError, CapacityError."""
         sequence = self._sequence(seq_id)
         if self.num_tokens(seq_id, layer):
             raise HomkvError(f"expected layer {layer} of sequence {seq_id} to be empty, found tokens in it")
@@ -333,25 +354,19 @@ class PagedCache:
                 f"{dtypes}; both sides must use the same format and model"
             )
         self._reserve([(sequence, n)])
-        self._commit(layer, sequence, 0, content)
+        parts = (x.to(self.device) for x in (content.pages, content.exact_k, content.exact_v))
+        self._commit(layer, sequence, LayerContent(content.num_tokens, *parts))
 
     def check(self) -> None:
         """Raise HomkvError unless reference counts, lengths and every page's digest are what they must be."""
-        self._blocks.check([s.blocks for s in self._sequences.values()])
-        used = [s.slot for s in self._sequences.values()]
-        if sorted(used + self._free_slots) != list(range(self.max_sequences)):
-            raise HomkvError(f"expected every slot used once or free once, found used {used}, free {self._free_slots}")
+        self._check_books()
+        check_status(self.status)
         for seq_id, sequence in self._sequences.items():
             for layer in range(self.num_layers):
-                pages, held = int(self._num_pages[layer, sequence.slot]), int(self._exact_len[layer, sequence.slot])
-                if held != self.codec.num_exact(pages * self.codec.page_tokens + held):
-                    raise HomkvError(f"layer {layer} of sequence {seq_id}: {held} exact tokens beside {pages} pages")
-                for block in sequence.blocks[:pages]:
-                    if self._digests[layer, block] != self._digest(layer, block):
-                        raise HomkvError(
-                            f"page block {block} of layer {layer} changed after it was sealed; free sequence {seq_id} "
-                            "and recompute it"
-                        )
-
-    def _digest(self, layer: int, block: int) -> int:
-        return xxhash.xxh3_64_intdigest(self._pools[layer][block].numpy().data)
+                pages, _ = self._counts(layer, sequence)
+                changed = self._digests.changed(layer, self._pools[layer], self._index(sequence.blocks[:pages]))
+                if changed:
+                    raise HomkvError(
+                        f"page block {changed[0]} of layer {layer} changed after it was sealed; free sequence {seq_id} "
+                        "and recompute it"
+                    )

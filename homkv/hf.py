@@ -4,8 +4,10 @@
         model.generate(...)
 
 The model computes prompts exactly; every later token attends to the stored pages without restoring them.
+On a GPU pages, sinks and windows lie beside the model; homkv.generate decodes there without waiting for the host.
 """
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any
 
@@ -29,12 +31,12 @@ UNSUPPORTED_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias", 
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """One layer of a :class:`KVCache`, as transformers sees it."""
+    """One layer of an :class:`AttendingCache`, as transformers sees it."""
 
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, owner: "KVCache", layer: int) -> None:
+    def __init__(self, owner: "AttendingCache", layer: int) -> None:
         super().__init__()
         self.owner, self.layer = owner, layer
         self.num_seen = 0  # columns of the attention mask so far, padding included
@@ -60,7 +62,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
     ) -> Tensor:
         """Store ``k v [B, G, T, D]`` and attend with ``q [B, H, T, D]``; ``mask [B, seen + T]`` marks real tokens."""
         self.is_pending = False
-        real = None if mask is None else mask[:, -q.shape[2] :].bool()
+        real = self.owner.read_mask(self.layer, mask, q.shape[2])
         if self.layer == 0 and positions is not None:
             refuse_packed(positions, real)
         out = self.owner.attend(self.layer, q, k, v, softmax_scale, real)
@@ -88,11 +90,37 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         raise UnsupportedError("expected KVCache.reorder_cache(), found a single layer's; reorder the whole cache")
 
 
-class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
+class AttendingCache(Cache, ABC):  # type: ignore[misc]  # transformers is untyped
+    """A cache that computes attention itself: its layers mark the new keys, :func:`attention_forward` calls back."""
+
+    def __init__(self, num_layers: int, max_tokens: int | None) -> None:
+        super().__init__(layers=[PagedLayer(self, i) for i in range(num_layers)])
+        self.max_tokens = max_tokens
+        self._mask: Tensor | None = None
+        self._real: Tensor | None = None
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, real: Tensor | None) -> Tensor:
+        """Store ``k v [B, G, T, D]`` and attend with ``q [B, H, T, D]``; ``real [B, T]`` marks tokens, None all."""
+
+    def read_mask(self, layer: int, mask: Tensor | None, count: int) -> Tensor | None:
+        """Which of the newest tokens are real, on the host; None for all.
+
+        Read back once per forward pass: the first layer reads, the others are given the same tensor.
+        """
+        if mask is None:
+            return None
+        if layer == 0 or mask is not self._mask:
+            real = mask[:, -count:].bool().cpu()
+            self._mask, self._real = mask, None if bool(real.all()) else real
+        return self._real
+
+
+class KVCache(AttendingCache):
     """transformers' view of a PagedCache: one sequence per row of the batch.
 
-    ``max_tokens``: per sequence, padding included; memory is reserved for it but only touched as far as tokens are
-    stored. None for adopted sequences: their cache decides.
+    ``max_tokens``: per sequence, padding included; memory is reserved for it, which on a CPU is only touched as far as
+    tokens are stored. None for adopted sequences: their cache decides. ``device``: the model's.
     """
 
     def __init__(
@@ -104,14 +132,16 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
         max_tokens: int | None,
         exact_dtype: torch.dtype = torch.float16,
         impl: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(layers=[PagedLayer(self, i) for i in range(num_layers)])
-        self.codec, self.max_tokens = codec, max_tokens
+        super().__init__(num_layers, max_tokens)
+        self.codec = codec
         self._settings: dict[str, Any] = {
             "num_layers": num_layers,
             "num_kv_heads": num_kv_heads,
             "exact_dtype": exact_dtype,
             "impl": impl,
+            "device": device,
         }
         self._paged: PagedCache | None = None
         self.seq_ids: list[int] = []
@@ -134,6 +164,7 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
             num_layers=paged.num_layers,
             num_kv_heads=paged.num_kv_heads,
             max_tokens=None,
+            device=paged.device,
         )
         cache._paged, cache.seq_ids = paged, list(seq_ids)
         for layer in cache.layers:
@@ -163,9 +194,8 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def _open(self, batch: int) -> None:
         assert self.max_tokens is not None  # only adopted caches have none, and they are open
-        # Twice the slots and blocks: reordering beams forks every survivor before the old ones go.
-        blocks = 2 * batch * (self.codec.num_pages(self.max_tokens) + 1)
-        self._paged = PagedCache(self.codec, num_blocks=blocks, max_sequences=2 * batch, **self._settings)
+        blocks = batch * (self.codec.num_pages(self.max_tokens) + 1)
+        self._paged = PagedCache(self.codec, num_blocks=blocks, max_sequences=batch, **self._settings)
         self.seq_ids = [self._paged.new_sequence() for _ in range(batch)]
 
     def kv_bytes(self) -> int:
@@ -174,10 +204,11 @@ class KVCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the chosen beams; beams with a common past share its pages."""
-        chosen = [self.paged.fork(self.seq_ids[i]) for i in beam_idx.tolist()]
-        for seq_id in self.seq_ids:
+        chosen = [self.seq_ids[i] for i in beam_idx.tolist()]
+        for seq_id in set(self.seq_ids) - set(chosen):
             self.paged.free(seq_id)
-        self.seq_ids = chosen
+        # The first to choose a beam goes on with it, the others with copies: never more sequences than before.
+        self.seq_ids = [s if s not in chosen[:i] else self.paged.fork(s) for i, s in enumerate(chosen)]
 
     def reset(self) -> None:
         """Free all sequences; the cache can be used again."""
@@ -204,6 +235,9 @@ def refuse_packed(positions: Tensor, real: Tensor | None) -> None:
 
     Several documents in one row, told apart only by positions that start again, would see each other.
     """
+    if positions.shape[1] == 1:
+        return
+    positions = positions.cpu()
     for row in range(positions.shape[0]):
         found = positions[row] if real is None else positions[row][real[row]]
         if bool((found.diff() != 1).any()):
@@ -247,6 +281,21 @@ def attention_forward(
     return o.transpose(1, 2).contiguous(), None
 
 
+def switch_attention(model: PreTrainedModel) -> str:
+    """Make a model call :func:`attention_forward`; returns the name of the attention that it had.
+
+    Raises UnsupportedError if it does so already.
+    """
+    if model.config._attn_implementation == ATTENTION_NAME:
+        raise UnsupportedError("expected a model without homkv attached, found one; leave the other block first")
+    # transformers' registries map names to functions; registering the same stateless function again is harmless.
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, flash_attention_mask)
+    before = str(model.config._attn_implementation)
+    model.set_attn_implementation(ATTENTION_NAME)
+    return before
+
+
 class Attachment:
     """Makes a model use pages for as long as the ``with`` block runs. Built by :func:`attach`."""
 
@@ -261,13 +310,7 @@ class Attachment:
         return KVCache(self.codec, **self._settings)
 
     def __enter__(self) -> "Attachment":
-        if self.model.config._attn_implementation == ATTENTION_NAME:
-            raise UnsupportedError("expected a model without homkv attached, found one; leave the other block first")
-        # transformers' registries map names to functions; registering the same stateless function again is harmless.
-        AttentionInterface.register(ATTENTION_NAME, attention_forward)
-        AttentionMaskInterface.register(ATTENTION_NAME, flash_attention_mask)
-        self._implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation(ATTENTION_NAME)
+        self._implementation = switch_attention(self.model)
         self._hook = self.model.register_forward_pre_hook(self._provide_cache, with_kwargs=True)
         return self
 
@@ -313,23 +356,34 @@ def attach(
 ) -> Attachment:
     """Let a transformers model keep its KV cache as pages inside a ``with`` block.
 
-    ``kv_cache_dtype``: a format's name (`homkv formats`). ``impl``: "cpu" or "reference"; None takes the format's
-    first. ``exact_dtype``: of sinks and window; None takes the model's 16-bit dtype, or float16 for a float32 model.
-    ``max_tokens``: longest sequence; None takes the model's context.
-    Raises FormatError for an unknown format, UnsupportedError for a head_dim or an attention not covered.
+    ``kv_cache_dtype``: a format's name (`homkv formats`). ``impl``: "cpu", "triton" (GPUs) or "reference"; None takes
+    the format's first on the model's device. ``exact_dtype``: of sinks and window; None takes the model's 16-bit dtype,
+    or float16 for a float32 model. ``max_tokens``: longest sequence, for which a GPU's memory is taken; None takes the
+    model's context.
+    Raises FormatError for an unknown format, UnsupportedError for a head_dim, an attention or a placement not covered.
     """
+    codec, settings = measure(model, kv_cache_dtype, exact_dtype)
+    context = model.config.get_text_config().max_position_embeddings
+    return Attachment(model, codec, settings | {"max_tokens": max_tokens or context, "impl": impl})
+
+
+def measure(
+    model: PreTrainedModel, kv_cache_dtype: str, exact_dtype: torch.dtype | None = None
+) -> tuple[PageCodec, dict[str, Any]]:
+    """Bind a format to a model: the codec, and the arguments of PagedCache that the model decides. See attach()."""
     config = model.config.get_text_config()
     name = str(model.config.name_or_path or config.model_type)
     refuse_unsupported(config, name)
+    devices = {str(weight.device) for weight in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedError(f"expected a model on one device, found {name} on {', '.join(sorted(devices))}; move it")
     keys, _ = probe_cache(model, name)
     codec = make_codec(kv_cache_dtype, keys.shape[-1], measure_rope(model, keys).channel_order())
     if exact_dtype is None:
         exact_dtype = torch.float16 if model.dtype not in (torch.float16, torch.bfloat16) else model.dtype
-    settings = {
+    return codec, {
         "num_layers": config.num_hidden_layers,
         "num_kv_heads": keys.shape[0],
-        "max_tokens": max_tokens or config.max_position_embeddings,
         "exact_dtype": exact_dtype,
-        "impl": impl,
+        "device": keys.device,
     }
-    return Attachment(model, codec, settings)

@@ -45,7 +45,7 @@ def write_page(
     k_rows: Sequence[QuantizedRows], v_rows: Sequence[QuantizedRows], centre: Tensor, layout: PageLayout
 ) -> Tensor:
     """Assemble pages ``[..., P] uint8`` from their quantized parts."""
-    pages = torch.zeros(*centre.shape[:-1], layout.page_bytes, dtype=torch.uint8)
+    pages = torch.zeros(*centre.shape[:-1], layout.page_bytes, dtype=torch.uint8, device=centre.device)
     for classes, rows, is_key in ((layout.k_classes, k_rows, True), (layout.v_classes, v_rows, False)):
         for cls, row in zip(classes, rows, strict=True):
             codes = pack_codes(row.lanes, cls, reduce_channels=is_key)

@@ -113,7 +113,7 @@ def quantize_keys(k: Tensor, order: Tensor, layout: PageLayout) -> tuple[list[Qu
 
     Returns one QuantizedRows per class and the centre ``[..., D] float16`` in slot order.
     """
-    x = k.to(torch.float32)[..., order]
+    x = k.to(torch.float32)[..., order.to(k.device)]
     require_finite(x, "keys")
     centre = (tree_sum(x.transpose(-1, -2)) * (1 / 64)).to(torch.float16)
     if not bool(torch.isfinite(centre).all()):  # an overflowing sum is NaN here

@@ -11,7 +11,7 @@ D, G = 64, 2
 FORMATS = ("balanced", "fp16", "hack", "hack-2026", "hack:rqe=0")
 
 
-def make_cache(name: str = "balanced", **changes: int) -> PagedCache:
+def make_cache(name: str = "balanced", **changes: object) -> PagedCache:
     settings_ = {"num_layers": 2, "num_kv_heads": G, "num_blocks": 16, "max_sequences": 4} | changes
     return PagedCache(make_codec(name, D), impl="reference", **settings_)
 
@@ -27,7 +27,7 @@ def append(cache: PagedCache, seq_id: int, k: Tensor, v: Tensor) -> None:
         cache.append(layer, seq_id, k + layer, v - layer)
 
 
-def filled(name: str, count: int, seed: int = 0, **changes: int) -> tuple[PagedCache, int]:
+def filled(name: str, count: int, seed: int = 0, **changes: object) -> tuple[PagedCache, int]:
     cache = make_cache(name, **changes)
     seq_id = cache.new_sequence()
     append(cache, seq_id, *tokens(count, seed))

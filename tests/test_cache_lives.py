@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from cache_cases import FORMATS, G, append, assert_same_bytes, filled, make_cache, tokens
+import torch
+from cache_cases import FORMATS, D, G, append, assert_same_bytes, filled, make_cache, tokens
 
-from homkv.errors import HomkvError, ShapeError
+from homkv.errors import FormatError, HomkvError, ShapeError
 
 # -- lives of sequences --------------------------------------------------------------------------------------------
 
@@ -109,3 +110,45 @@ def test_content_of_the_wrong_shape_is_refused() -> None:
     target.load_layer(0, b, content)
     with pytest.raises(HomkvError, match="empty"):
         target.load_layer(0, b, content)
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", FORMATS)
+def test_cuda_caches_live_like_others(name: str) -> None:
+    there, here = make_cache(name, device="cuda"), make_cache(name)
+    a, b = there.new_sequence(), here.new_sequence()
+    for cache, seq_id in ((there, a), (here, b)):
+        append(cache, seq_id, *(x.to(cache.device) for x in tokens(190)))
+    q, (k, v) = torch.randn(1, 4, 1, D), tokens(40, seed=1)
+    for t in range(40):
+        for layer in range(2):
+            rows = (x[None, :, t : t + 1] for x in (k, v))
+            found = there.attend(layer, [a], q.cuda(), *(x.cuda() for x in rows), 0.1)
+            rows = (x[None, :, t : t + 1] for x in (k, v))
+            expected = here.attend(layer, [b], q, *rows, 0.1)
+            assert torch.allclose(found.cpu(), expected, atol=1e-4)
+    assert_same_bytes(there, a, here, b)
+    c = there.fork(a)
+    d = here.new_sequence()
+    for layer in range(2):
+        here.load_layer(layer, d, there.export_layer(layer, c))
+    assert_same_bytes(there, c, here, d)
+    there.check()
+    view = there.view(1, [a])
+    view.pool[int(view.page_table[0, 0]), G - 1, 5] ^= 1
+    with pytest.raises(HomkvError, match="changed after it was sealed"):
+        there.check()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_values_that_cannot_be_stored_are_noticed_behind_the_last_layer() -> None:
+    cache = make_cache(device="cuda")
+    seq_id = cache.new_sequence()
+    k, v = (x[None].cuda() for x in tokens(3))
+    k[0, 0, 1, 1] = torch.inf
+    cache.attend(0, [seq_id], torch.zeros(1, 4, 3, D, device="cuda"), k, v, 0.1)
+    with pytest.raises(FormatError, match="free the sequences"):
+        cache.attend(1, [seq_id], torch.zeros(1, 4, 3, D, device="cuda"), k, v, 0.1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from homkv.attention import cpu, reference
-from homkv.attention.prefill import causal
+from homkv.attention.prefill import causal, causal_partial
 from homkv.attention.view import LayerView, check_query
 from homkv.errors import ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
@@ -12,32 +12,56 @@ from homkv.formats.hack import HackCodec
 from homkv.formats.hack_prefill import quantized_prefill
 from homkv.formats.rows import RowsCodec
 
+CPU = torch.device("cpu")
 
-def resolve_impl(codec: PageCodec, impl: str | None) -> str:
-    """Name of the implementation to use; None means the format's first.
 
-    Raises UnsupportedError if the format has no such implementation or its native library is not built.
+def resolve_impl(codec: PageCodec, impl: str | None, device: torch.device = CPU) -> str:
+    """Name of the implementation to use on ``device``; None means the format's first that runs there.
+
+    Raises UnsupportedError if the format has no such implementation, its native library or Triton is missing, or it
+    does not run on the device.
     """
-    chosen = impl or codec.impls[0]
+    first = "cpu" if device.type == "cpu" else "triton"
+    chosen = impl or (first if first in codec.impls else "reference")
     if chosen not in codec.impls:
         raise UnsupportedError(
             f"expected impl in {codec.impls} for {codec.name}, found {chosen!r}; choose one of these or another format"
         )
     if chosen == "cpu":
+        if device.type != "cpu":
+            raise UnsupportedError(f"expected tensors on the CPU for impl='cpu', found {device}; use impl='triton'")
         cpu.require()
+    if chosen == "triton":
+        from homkv.attention.triton import runtime  # Triton is optional
+
+        runtime.require()
+        runtime.check_device(device)
     return chosen
 
 
-def encode(codec: PageCodec, k: Tensor, v: Tensor, first_position: int = 0, *, impl: str | None = None) -> Tensor:
+def encode(
+    codec: PageCodec,
+    k: Tensor,
+    v: Tensor,
+    first_position: int = 0,
+    *,
+    impl: str | None = None,
+    status: Tensor | None = None,
+) -> Tensor:
     """Quantize and pack whole pages: ``k v [G, N * page_tokens, D]`` to ``[N, G, P] uint8``.
 
     ``first_position``: absolute position of the first token (keys stochastic rounding). All implementations
     give the same bytes. Raises ShapeError, FormatError (values that the format cannot hold).
+    ``status [1] int32``: a kernel on a GPU sets it instead of raising FormatError, so that nothing is read back.
     """
     codec.check_tokens(k, v)
-    if resolve_impl(codec, impl) == "cpu":
-        assert isinstance(codec, RowsCodec)  # the only codec that lists "cpu"
+    chosen = resolve_impl(codec, impl, k.device)
+    if isinstance(codec, RowsCodec) and chosen == "cpu":
         return cpu.encode(k, v, codec.layout, codec.order)
+    if isinstance(codec, RowsCodec) and chosen == "triton":
+        from homkv.attention.triton import encode as kernels
+
+        return kernels.encode(k, v, codec.layout, codec.order, status=status)
     return codec.encode(k, v, first_position).transpose(0, 1).contiguous()
 
 
@@ -47,15 +71,36 @@ def attend(
     """Attention of ``q [B, H, T, D]`` over all tokens of the view, computed on the pages' codes.
 
     Returns ``o [B, H, T, D] float32`` and ``lse [B, H, T] float32`` (natural log; -inf where nothing is stored).
-    ``impl``: "cpu" (C++), "reference" (torch); None takes the format's first. Threads: torch.get_num_threads().
+    ``impl``: "cpu" (C++), "triton" (GPU), "reference" (torch); None takes the format's first on q's device.
     Raises ShapeError, DTypeError, UnsupportedError.
     """
-    if resolve_impl(codec, impl) == "cpu":
+    chosen = resolve_impl(codec, impl, q.device)
+    if chosen == "cpu":
         assert isinstance(codec, RowsCodec)
         return cpu.attend(q, view, codec.layout, codec.order, softmax_scale)  # checks for itself
-    check_query(q, view.slots.shape[0], view.pool.shape[1], codec.head_dim)
+    if chosen == "triton":
+        from homkv.attention import triton  # Triton is optional
+
+        return triton.attend(q, view, codec, softmax_scale)
+    check_query(q, view.slots.shape[0], view.pool.shape[1], codec.head_dim, view.pool.device)
     check_pool(view, codec)
     return reference.attend(q, view, codec, softmax_scale)
+
+
+def extend(
+    q: Tensor, k: Tensor, v: Tensor, view: LayerView, codec: PageCodec, softmax_scale: float, *, impl: str | None = None
+) -> Tensor:
+    """Attention of new tokens to what is stored and, causally, to each other: ``[B, H, T, D]`` in q's dtype.
+
+    ``q [B, H, T, D]``, ``k v [B, G, T, D]``: the new tokens, not yet in the view. Raises as :func:`attend` does.
+    """
+    if isinstance(codec, RowsCodec) and resolve_impl(codec, impl, q.device) == "triton":
+        from homkv.attention.triton import extend as kernels
+
+        return kernels.extend(q, k, v, view, codec, softmax_scale).to(q.dtype)
+    old, old_lse = attend(q, view, codec, softmax_scale, impl=impl)
+    new, new_lse = causal_partial(q, k, v, softmax_scale)
+    return reference.merge_partials(old, old_lse, new, new_lse)[0].to(q.dtype)
 
 
 def prefill(codec: PageCodec, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:

@@ -163,21 +163,21 @@ class HackCodec(PageCodec):
             out += [sums("k_sum", (tokens, parts), self.partition, bits), sums("v_sum", (dim,), tokens, bits)]
         return out
 
-    def _noise(self, stream: int, first_position: int, num_tokens: int) -> Tensor | None:
+    def _noise(self, stream: int, first_position: int, num_tokens: int, device: torch.device) -> Tensor | None:
         if self.options.rounding == "nearest":
             return None
-        return uniform_noise(self.options.seed, stream, first_position, num_tokens, self.head_dim)
+        return uniform_noise(self.options.seed, stream, first_position, num_tokens, self.head_dim, device)
 
     def quantize_keys(self, k: Tensor, first_position: int) -> Operand:
         """Any number of keys ``[..., T, D]``, one row per token: ``[..., T, parts, partition]``. Raises FormatError."""
-        noise = self._noise(KEY_STREAM, first_position, k.shape[-2])
+        noise = self._noise(KEY_STREAM, first_position, k.shape[-2], k.device)
         if noise is not None:
             noise = cut(noise, -1, self.partition)
         return quantize(cut(k, -1, self.partition), self.options.bits, noise)
 
     def quantize_values(self, v: Tensor, first_position: int) -> Operand:
         """Whole blocks of values ``[..., N * Pi, D]``, one row per channel: ``[..., D, N, Pi]``. Raises FormatError."""
-        noise = self._noise(VALUE_STREAM, first_position, v.shape[-2])
+        noise = self._noise(VALUE_STREAM, first_position, v.shape[-2], v.device)
         if noise is not None:
             noise = cut(noise.T, -1, self.page_tokens)
         return quantize(cut(v.transpose(-1, -2), -1, self.page_tokens), self.options.bits, noise)
@@ -264,6 +264,6 @@ class HackCodec(PageCodec):
         num_tokens = v.shape[-2]
         if self.options.requantization_elimination or num_tokens == 0:
             return v
-        noise = self._noise(WINDOW_STREAM + num_tokens, first_position, num_tokens)
+        noise = self._noise(WINDOW_STREAM + num_tokens, first_position, num_tokens, v.device)
         channels = quantize(v.transpose(-1, -2), self.options.bits, None if noise is None else noise.T)
         return channels.dense(torch.float32).transpose(-1, -2).to(v.dtype)

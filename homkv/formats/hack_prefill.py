@@ -31,13 +31,14 @@ def quantized_prefill(
     shared = q.shape[1] // k.shape[1]  # query heads per kv head: rows of one product
     rows = torch.unflatten(q, 1, (-1, shared)).flatten(2, 3)
     queries, keys = codec.query_operand(rows, rounding, dtype), codec.quantize_keys(k, 0)
-    last_visible = torch.arange(causal_offset, k.shape[2]).repeat(shared).unsqueeze(-1)
-    o = torch.zeros(rows.shape, dtype=dtype)
+    last_visible = torch.arange(causal_offset, k.shape[2], device=k.device).repeat(shared).unsqueeze(-1)
+    o = torch.zeros(rows.shape, dtype=dtype, device=q.device)
     total, peak = torch.zeros_like(o[..., :1]), torch.full_like(o[..., :1], -torch.inf)
     for start in range(0, k.shape[2], codec.page_tokens):
         stop = min(start + codec.page_tokens, k.shape[2])
         scores = homomorphic_product(queries, keys.rows(start, stop), dtype) * softmax_scale
-        scores = scores.masked_fill(torch.arange(start, stop) > last_visible, -torch.inf)
+        future = torch.arange(start, stop, device=k.device) > last_visible
+        scores = scores.masked_fill(future, -torch.inf)
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
         p, decay = torch.exp(scores - new_peak), torch.exp(peak - new_peak)
         o = o * decay + _weigh_block(p, v[..., start:stop, :], start, codec, rounding)

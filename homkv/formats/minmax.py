@@ -125,13 +125,13 @@ def quantize_eight_bit(x: Tensor) -> Operand:
 
 def unrounded(x: Tensor) -> Operand:
     """Values ``[..., R, parts, size]`` as an operand of its own: scale 1, minimum 0."""
-    one = torch.ones((), dtype=x.dtype).expand(x.shape[:-1])
+    one = torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape[:-1])
     return Operand(x, one, torch.zeros_like(one), x.sum(-1))
 
 
 def without_scale(code: Tensor, code_sum: Tensor) -> Operand:
     """Codes ``[..., R, parts, size]`` with the scale folded into the other operand and the minimum added apart."""
-    one = torch.ones((), dtype=torch.float32).expand(code_sum.shape)
+    one = torch.ones((), dtype=torch.float32, device=code.device).expand(code_sum.shape)
     return Operand(code, one, torch.zeros_like(one), code_sum)
 
 
@@ -145,14 +145,21 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def uniform_noise(seed: int, stream: int, first_position: int, num_tokens: int, num_channels: int) -> Tensor:
+def uniform_noise(
+    seed: int,
+    stream: int,
+    first_position: int,
+    num_tokens: int,
+    num_channels: int,
+    device: torch.device | None = None,
+) -> Tensor:
     """Uniform numbers in [0, 1), ``[T, D] float32``, a pure function of (seed, stream, position, channel).
 
     24 bits of a counter-based hash, so any split of a sequence into calls draws the same numbers, on any machine.
-    All heads and layers draw the same ones. ``seed`` and ``stream`` are taken modulo 2^32.
+    All heads and layers draw the same ones. ``seed`` and ``stream`` are taken modulo 2^32. ``device``: where to.
     """
-    position = torch.arange(first_position, first_position + num_tokens, dtype=torch.int64).unsqueeze(-1)
-    channel = torch.arange(num_channels, dtype=torch.int64)
-    key = _mix(_mix(torch.tensor(seed & MASK32)) ^ (stream & MASK32))
+    position = torch.arange(first_position, first_position + num_tokens, dtype=torch.int64, device=device).unsqueeze(-1)
+    channel = torch.arange(num_channels, dtype=torch.int64, device=device)
+    key = _mix(_mix(torch.tensor(seed & MASK32, device=device)) ^ (stream & MASK32))
     bits = _mix(_mix(key ^ (position & MASK32)) ^ channel)
     return (bits >> 8).to(torch.float32) * 2.0**-24

@@ -70,14 +70,14 @@ class PageRecord:
 
 def pack(code: Tensor, bits: int) -> Tensor:
     """``[..., n] uint8`` codes to ``[..., n * bits / 8]`` bytes; the first of each byte lies in its lowest bits."""
-    fields = torch.unflatten(code, -1, (-1, 8 // bits)) << _shifts(bits)
+    fields = torch.unflatten(code, -1, (-1, 8 // bits)) << _shifts(bits, code.device)
     return fields.sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`pack`."""
-    return ((packed.unsqueeze(-1) >> _shifts(bits)) & ((1 << bits) - 1)).flatten(-2)
+    return ((packed.unsqueeze(-1) >> _shifts(bits, packed.device)) & ((1 << bits) - 1)).flatten(-2)
 
 
-def _shifts(bits: int) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8)
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)

@@ -31,7 +31,7 @@ class RowsCodec(PageCodec):
     page_tokens = PAGE_TOKENS
     num_sinks = NUM_SINKS
     min_window = MIN_WINDOW
-    impls = ("cpu", "reference")
+    impls = ("cpu", "triton", "reference")
 
     def __init__(self, head_dim: int, spec: RowsSpec, order: Sequence[int] | None = None) -> None:
         super().__init__(head_dim)
@@ -63,7 +63,7 @@ class RowsCodec(PageCodec):
         for cls in self.layout.k_classes:
             slots[..., cls.start : cls.stop] += self._dense_class(pages, cls, dtype, is_key=True)
         k = torch.empty_like(slots)
-        k[..., self.order] = slots
+        k[..., self.order.to(pages.device)] = slots
         v = torch.zeros_like(slots)
         for cls in self.layout.v_classes:
             v[..., cls.start : cls.stop] = self._dense_class(pages, cls, dtype, is_key=False)
@@ -79,7 +79,7 @@ class RowsCodec(PageCodec):
     ) -> Tensor:
         """``sum_class k_scale[t] q_scale (q_int . lane[t]) + q . centre``, ``[..., R, N * 64]``."""
         self.check_pages(pages)
-        slots = q.to(dtype)[..., self.order]
+        slots = q.to(dtype)[..., self.order.to(q.device)]
         centre = read_centre(pages, self.layout).to(dtype)
         out = (slots @ centre.transpose(-1, -2)).repeat_interleave(PAGE_TOKENS, dim=-1)
         for cls in self.layout.k_classes:
@@ -101,7 +101,7 @@ class RowsCodec(PageCodec):
     ) -> Tensor:
         """``H^T sum_t (p[t] v_scale[t, class]) lane[t]``; the bracket becomes uint8 per page and class."""
         self.check_pages(pages)
-        out = torch.zeros(*p.shape[:-1], self.head_dim, dtype=dtype)
+        out = torch.zeros(*p.shape[:-1], self.head_dim, dtype=dtype, device=p.device)
         for cls in self.layout.v_classes:
             rows = read_rows(pages, cls, is_key=False)
             weight = p.to(dtype) * decode_scales(rows.scales, dtype).flatten(-2).unsqueeze(-2)

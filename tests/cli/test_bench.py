@@ -1,0 +1,58 @@
+"""`homkv bench` hands its options on to the benchmark of the chosen device, and to no other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from homkv.bench import cpu, gpu
+from homkv.bench.cpu import LARGE_MODEL
+from homkv.bench.gpu_candidates import Case
+from homkv.cli import app, bench
+from homkv.spec import DEFAULT_FORMAT
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the benchmarks were called with."""
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(cpu, "run", lambda options, console: calls.update(cpu=options))
+    monkeypatch.setattr(gpu, "run", lambda options, console: calls.update(gpu=options))
+    return calls
+
+
+def invoke(*arguments: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "attention", *arguments])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_cpu_benchmark_gets_its_options(received: dict[str, Any]) -> None:
+    invoke("--device", "cpu", "--batch", "2", "--context", "64", "--context", "128", "--no-pack", "--isa", "portable")
+    options = received["cpu"]
+    assert (options.batches, options.contexts, options.formats) == ((2,), (64, 128), (DEFAULT_FORMAT,))
+    assert (options.isa, options.pack, options.repetitions, options.max_gib) == ("portable", False, 5, 10.0)
+    assert "gpu" not in received
+
+
+def test_the_gpu_benchmark_gets_its_options(received: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "choose_device", lambda device: "cuda")
+    invoke(
+        "--batch", "2", "--context", "4096", "--kv-cache-dtype", "small", "--rounds", "5", "--json", "x", "--plots", "y"
+    )
+    options = received["gpu"]
+    assert options.cases == (Case(LARGE_MODEL, 2, 4096),)
+    assert (options.formats, options.rounds, options.rates) == (("small",), 5, True)
+    assert (options.record, options.plots) == (Path("x"), Path("y"))
+    invoke("--quick", "--no-pack")
+    assert received["gpu"].cases == gpu.make_options(quick=True).cases
+    assert received["gpu"].rates is False
+
+
+def test_auto_takes_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for there, chosen in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert bench.choose_device("auto") == chosen
+        assert bench.choose_device("cpu") == "cpu"
