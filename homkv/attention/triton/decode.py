@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -212,6 +213,52 @@ class DecodeConfig:
     max_registers: int | None = 168
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one call."""
+
+    batch: int
+    heads: int
+    rows: int  # query rows per kv head
+    max_items: int  # splits of all sequences together
+    tiles: int  # of exact tokens, a power of two
+    shape: dict[str, Any]  # constants that all three kernels share or ignore
+
+    @classmethod
+    def of(cls, q: Tensor, view: LayerView, codec: RowsCodec, config: DecodeConfig) -> "Plan":
+        """Lay a checked call out."""
+        batch, heads, dim = q.shape[0], view.pool.shape[1], codec.head_dim
+        rows = q.shape[1] // heads * q.shape[2]
+        columns = 8 if rows <= 8 else 16
+        shape = {
+            "K": classes(codec.layout.k_classes), "D": dim, "DP": triton.next_power_of_2(dim), "ROWS": rows,
+            "HEADS": heads, "N": columns, "COLUMNS": columns // 2 if 2 * rows <= columns else columns,
+            "SPLIT": q.dtype == torch.float32, "PDL": has_dependent_launch(q.device),
+        }  # fmt: skip
+        max_items = max(batch, config.programs * num_processors(q.device) // heads)
+        tiles = triton.next_power_of_2(max(triton.cdiv(view.exact_k.shape[2], EXACT_TILE), 1))
+        return cls(batch, heads, rows, max_items, tiles, shape)
+
+    def query_buffers(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, units and the centre's operand; see prepare_kernel."""
+        k, columns, lead = self.shape["K"], self.shape["N"], (self.batch, self.heads)
+        terms = 1 + self.shape["SPLIT"]
+        return (
+            torch.empty(*lead, count_steps(k, len(k)), 32, columns, dtype=torch.int8, device=device),
+            torch.empty(*lead, len(k) + 1, columns, dtype=torch.float32, device=device),
+            torch.empty(*lead, terms, self.shape["DP"], columns, dtype=torch.float16, device=device),
+        )
+
+    def partials(self, device: torch.device, *lead: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial outputs ``[*lead, rows, D]``, maxima and denominators ``[*lead, rows]``."""
+        dim, rows = self.shape["D"], self.rows
+        return (
+            torch.empty(*lead, rows, dim, dtype=torch.float32, device=device),
+            torch.empty(*lead, rows, dtype=torch.float32, device=device),
+            torch.empty(*lead, rows, dtype=torch.float32, device=device),
+        )
+
+
 def attend_rows(
     q: Tensor, view: LayerView, codec: RowsCodec, softmax_scale: float, config: DecodeConfig | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -219,46 +266,30 @@ def attend_rows(
     check_attend(q, view, codec, softmax_scale)
     q = q if q.stride(-1) == 1 else q.contiguous()
     config = config or DecodeConfig()
-    layout, device = codec.layout, q.device
-    batch, heads, dim = q.shape[0], view.pool.shape[1], codec.head_dim
-    rows = q.shape[1] // heads * q.shape[2]
-    columns = 8 if rows <= 8 else 16
-    max_items = max(batch, config.programs * num_processors(device) // heads)
-    exact_tokens, num_slots = view.exact_k.shape[2], view.exact_k.shape[0]
-    k_classes = classes(layout.k_classes)
-    shape = {
-        "K": k_classes, "D": dim, "DP": triton.next_power_of_2(dim), "ROWS": rows, "HEADS": heads, "N": columns,
-        "COLUMNS": columns // 2 if 2 * rows <= columns else columns, "SPLIT": q.dtype == torch.float32,
-    }  # fmt: skip
-    tiles = triton.next_power_of_2(max(triton.cdiv(exact_tokens, EXACT_TILE), 1))
-    pdl = has_dependent_launch(device)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    codes = empty(batch, heads, count_steps(k_classes, len(k_classes)), 32, columns, dtype=torch.int8)
-    units = empty(batch, heads, len(k_classes) + 1, columns)
-    centre = empty(batch, heads, 1 + shape["SPLIT"], shape["DP"], columns, dtype=torch.float16)
-    partial = (empty(max_items, heads, rows, dim), empty(max_items, heads, rows), empty(max_items, heads, rows))
-    items = empty(batch, 2, dtype=torch.int32)
-    exact = (empty(batch, heads, tiles, rows, dim), empty(batch, heads, tiles, rows), empty(batch, heads, tiles, rows))
-    o, lse = empty(*q.shape), empty(*q.shape[:3])
-    prepare_kernel[(batch, heads, len(k_classes) + 1 + tiles)](
-        q, order_on_device(codec.order, device), codes, units, centre, view.exact_k, view.exact_v, view.exact_len, view.slots,
-        *exact,
-        exact_tokens, num_slots, *q.stride()[:3], softmax_scale * LOG2E.value, **shape, Q_LEN=q.shape[2],
-        EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles, PDL=pdl, num_warps=PREPARE_WARPS,
+    plan, layout, device = Plan.of(q, view, codec, config), codec.layout, q.device
+    shape, tile_shape = plan.shape, {"EXACT_TILE": EXACT_TILE, "EXACT_TILES": plan.tiles}
+    query = plan.query_buffers(device)
+    partial = plan.partials(device, plan.max_items, plan.heads)
+    exact = plan.partials(device, plan.batch, plan.heads, plan.tiles)
+    items = torch.empty(plan.batch, 2, dtype=torch.int32, device=device)
+    o = torch.empty(q.shape, dtype=torch.float32, device=device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
+    exact_tokens, pdl = view.exact_k.shape[2], shape["PDL"]
+    prepare_kernel[(plan.batch, plan.heads, len(shape["K"]) + 1 + plan.tiles)](
+        q, order_on_device(codec.order, device), *query, view.exact_k, view.exact_v, view.exact_len, view.slots, *exact,
+        exact_tokens, view.exact_k.shape[0], *q.stride()[:3], softmax_scale * LOG2E.value, **shape, **tile_shape,
+        Q_LEN=q.shape[2], num_warps=PREPARE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
-    decode_kernel[(max_items, heads)](
-        codes, units, centre, view.pool.view(torch.int8), view.page_table, view.num_pages, *partial, items, batch,
-        max_items, view.page_table.shape[1], view.pool.shape[0], **shape, V=classes(layout.v_classes),
-        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, BATCH_BLOCK=max(triton.next_power_of_2(batch), 32),
-        PDL=pdl, num_warps=1, num_stages=1, maxnreg=config.max_registers, launch_pdl=pdl,
+    decode_kernel[(plan.max_items, plan.heads)](
+        *query, view.pool.view(torch.int8), view.page_table, view.num_pages, *partial, items, plan.batch,
+        plan.max_items, view.page_table.shape[1], view.pool.shape[0], **shape, V=classes(layout.v_classes),
+        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, num_warps=1, num_stages=1,
+        BATCH_BLOCK=max(triton.next_power_of_2(plan.batch), 32), maxnreg=config.max_registers, launch_pdl=pdl,
     )  # fmt: skip
-    combine_kernel[(batch * heads * rows, len(runs(layout)))](
-        o, lse, *partial, items, *exact, view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads,
-        EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles, SPLITS=COMBINE_SPLITS, PDL=pdl, num_warps=COMBINE_WARPS,
-        launch_pdl=pdl,
+    channels = runs(layout)
+    combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](
+        o, lse, *partial, items, *exact, view.exact_len, exact_tokens, V=channels, D=codec.head_dim, ROWS=plan.rows,
+        HEADS=plan.heads, **tile_shape, SPLITS=COMBINE_SPLITS, PDL=pdl, num_warps=COMBINE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
     return o, lse
 

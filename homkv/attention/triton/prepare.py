@@ -122,6 +122,7 @@ def prepare_kernel(
     maxima and denominators of the tiles.
     """
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(0)
     head = tl.program_id(1)

@@ -149,6 +149,7 @@ def dequant_prepare_kernel(
     float16``; ``ExactO [batch, HEADS, EXACT_TILES, ROWS, D]`` with maxima and denominators.
     """
     if PDL:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(0)
     head = tl.program_id(1)
@@ -300,7 +301,7 @@ def attend(
     dequant_prepare_kernel[(batch, heads, len(k_classes) + 1 + tiles)](
         q, order_on_device(codec.order, device), *work.query, view.exact_k, view.exact_v, view.exact_len, view.slots,
         *work.exact, exact_tokens, view.exact_k.shape[0], *q.stride()[:2], softmax_scale * LOG2E.value, **shape,
-        EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles, PDL=pdl, num_warps=PREPARE_WARPS,
+        EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles, PDL=pdl, num_warps=PREPARE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
     dequant_kernel[(work.max_items, heads)](
         *work.query, view.pool.view(torch.int8), view.page_table, view.num_pages, *work.partial, work.items, batch,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from homkv.attention import reference
 from homkv.attention.prefill import causal_partial
-from homkv.attention.triton.expand import Scratch, expand_kernel, rotations, tile_bytes
-from homkv.attention.triton.extend import ExtendConfig, Plan, _Call, default_config, extend, make_plan
+from homkv.attention.triton.expand import Scratch, rotations, tile_bytes
+from homkv.attention.triton.extend import ExtendConfig, Plan, _Call, extend, make_plan
 from homkv.attention.view import LayerView
 from homkv.errors import CapacityError, DTypeError, ShapeError, UnsupportedError
 from homkv.formats.exact import ExactCodec
@@ -63,28 +63,28 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def assert_accurate(found: Tensor, inputs: Inputs, slack: float = 5e-4) -> None:
-    """No worse than twice the reference, which rounds Q and P to 8 bits too; exact parts round to the output's dtype."""
+    """No worse than twice the reference, which rounds Q and P to 8 bits too; exact parts round to q's dtype."""
     q, k, v, view, codec = inputs
     scale = codec.head_dim**-0.5
     new, new_lse = causal_partial(q.float(), k.float(), v.float(), scale)
     old = reference.oracle(q, view, codec, scale)
     wanted = reference.merge_partials(*old, new.double(), new_lse.double())[0]
     rounded = reference.merge_partials(*reference.attend(q, view, codec, scale), new, new_lse)[0]
-    step = torch.finfo(q.dtype).eps if q.dtype != torch.float32 else 0.0
+    step = torch.finfo(q.dtype).eps / 4 if q.dtype != torch.float32 else 0.0  # what rounding costs on average
     assert not found.isnan().any()
     assert error(found, wanted) <= 2 * error(rounded, wanted) + slack + step
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_in_a_ragged_batch(name: str, device: torch.device) -> None:
-    inputs = make_inputs(name, 128, [0, 1, 203, 330], 3)
+    inputs = make_inputs(name, 128, [0, 300], 3)
     assert_accurate(run(inputs, device), inputs)
 
 
 @pytest.mark.parametrize("name", ["k0000v2248", "k4420v8888", "k8888v8888"])
 def test_values_of_eight_bits_are_rounded_once_more(name: str, device: torch.device) -> None:
-    """To one scale per 128 tokens: what an 8-bit code loses by itself, about 0.5 % of the output, is lost again."""
-    inputs = make_inputs(name, 128, [600], 3)
+    """To steps of the one scale that 128 tokens share; these formats may lose another 0.6 % of the output to that."""
+    inputs = make_inputs(name, 128, [400], 3)
     assert_accurate(run(inputs, device), inputs, slack=6e-3)
 
 
@@ -95,14 +95,14 @@ def test_every_head_dim(name: str, head_dim: int, device: torch.device) -> None:
     assert_accurate(run(inputs, device), inputs)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 129])
+@pytest.mark.parametrize("tokens", [1, 2, 64, 65, 129])
 @pytest.mark.parametrize("group", [1, 3])
 def test_any_number_of_new_tokens(group: int, tokens: int, device: torch.device) -> None:
     inputs = make_inputs("balanced", 64, [203, 140], tokens, group)
     assert_accurate(run(inputs, device), inputs)
 
 
-@pytest.mark.parametrize("length", [0, 3, 4, 67, 68, 131, 132, 195, 196, 260, 1000])
+@pytest.mark.parametrize("length", [0, 3, 4, 67, 68, 131, 132, 195, 196, 260, 500])
 def test_every_stored_length(length: int, device: torch.device) -> None:
     inputs = make_inputs("balanced", 64, [length], 9)
     assert_accurate(run(inputs, device), inputs)
@@ -110,7 +110,7 @@ def test_every_stored_length(length: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("loudness", [0.0, 4.0, 20.0])
 def test_flat_and_sharp_queries(loudness: float, device: torch.device) -> None:
-    inputs = make_inputs("balanced", 128, [1000], 20, loudness=loudness)
+    inputs = make_inputs("balanced", 128, [600], 20, loudness=loudness)
     assert_accurate(run(inputs, device), inputs)
 
 
@@ -122,10 +122,10 @@ def test_extreme_values(kind: str, device: torch.device) -> None:
 
 def test_enormous_scores_stay_in_range(device: torch.device) -> None:
     """No weight may pass 255 and wrap around: outputs stay inside the range of the values."""
-    inputs = make_inputs("int8", 64, [600], 10, kind="huge", loudness=10.0)
+    inputs = make_inputs("near-lossless", 64, [600], 10, kind="outliers", loudness=100.0)
     o = run(inputs, device)
     assert bool(torch.isfinite(o).all())
-    assert float(o.abs().max()) <= 1.1e4
+    assert float(o.abs().max()) <= 1.1 * float(inputs[2].abs().max() + inputs[3].exact_v.nan_to_num().abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -138,12 +138,12 @@ def test_dtypes_of_models_and_strides(dtype: torch.dtype, device: torch.device) 
 
 @pytest.mark.parametrize("programs", [0, 1, 50])
 def test_splits_do_not_change_the_result(programs: int, device: torch.device) -> None:
-    inputs = make_inputs("balanced", 64, [1300, 90, 400], 2)
+    inputs = make_inputs("balanced", 64, [900, 90], 2)
     assert_accurate(run(inputs, device, config=ExtendConfig(programs=programs)), inputs)
 
 
 def test_splits_keep_small_values(device: torch.device) -> None:
-    inputs = make_inputs("k4420v4444", 64, [1300], 2)
+    inputs = make_inputs("k4420v4444", 64, [600], 2)
     tiny = inputs[3].pool.clone()
     for cls in inputs[4].layout.v_classes:
         tiny[..., cls.scales_offset : cls.scales_offset + 64] -= 80
@@ -154,15 +154,15 @@ def test_splits_keep_small_values(device: torch.device) -> None:
     assert_accurate(run(inputs, device, config=ExtendConfig(programs=50)), inputs)
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 3])
+@pytest.mark.parametrize("tiles", [1, 2])
 def test_little_scratch_is_enough(tiles: int, device: torch.device) -> None:
     """Blocks of rows times chunks of pages, chained by their log-sum-exp."""
-    inputs = make_inputs("balanced", 64, [1000, 203, 500], 150)
-    heads, padded = 3 * HEADS, 64
+    inputs = make_inputs("k4444v4444", 64, [600, 203], 90)
+    heads, padded = 2 * HEADS, 64
     scratch = 2 * tiles * heads * tile_bytes(padded, 128) + heads * 128 * (5 * padded + 8)
-    plan = make_plan(heads, 8, 300, padded, scratch)
-    assert plan.tiles < 8
-    assert plan.rows < 300
+    plan = make_plan(heads, 5, 180, padded, scratch)
+    assert plan == Plan(plan.tiles, 128)
+    assert plan.tiles < 5
     assert_accurate(run(inputs, device, scratch_bytes=scratch), inputs)
 
 
@@ -183,6 +183,7 @@ def test_plans_fit() -> None:
                         held = plan.tiles * tile_bytes(padded, plan.rows) + plan.rows * (5 * padded + 8)
                         assert heads * held <= scratch
     assert make_plan(8, 128, 65_536, 128, 1 << 28) == Plan(128, 16_384)
+    assert make_plan(8, 512, 8192, 128, 1 << 28) == Plan(256, 8192)
 
 
 def test_scratch_is_counted(device: torch.device) -> None:
@@ -192,10 +193,10 @@ def test_scratch_is_counted(device: torch.device) -> None:
 
 
 def test_codes_of_one_class_are_expanded_as_they_are(device: torch.device) -> None:
-    """Keys bit for bit; values of 2 bits too, to the scale that 128 tokens share, if their scales lie within a factor of 4."""
+    """Keys bit for bit; values of 2 bits too, if the scales of 128 tokens lie within a factor of 4."""
     q, k, v, view, codec = make_inputs("k4444v2222", 64, [64 * 3 + 68], 1)
     view = LayerView(**{name: x.to(device) for name, x in vars(view).items()})
-    call = _Call(q.to(device), k.to(device), v.to(device), view, codec, 0.1, default_config(64), q.to(device))
+    call = _Call(q.to(device), k.to(device), v.to(device), view, codec, 0.1, ExtendConfig(), q.to(device))
     scratch = Scratch.empty(HEADS, 2, 128, 64, device)
     call.expand(scratch, 0)
     dense_k, dense_v = codec.dense(view.pool[view.page_table[0, :3].long()].transpose(0, 1).cpu())
@@ -255,7 +256,7 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
     with pytest.raises(CapacityError, match="scratch"):
         extend(q, k, v, view, codec, 0.1, scratch_bytes=1000)
     with pytest.raises(UnsupportedError, match="rows format"):
-        extend(q, k, v, view, ExactCodec(64), 0.1)  # type: ignore[arg-type]
+        extend(q, k, v, view, ExactCodec(64, "fp16"), 0.1)  # type: ignore[arg-type]
     if device.type == "cpu":
         with pytest.raises(UnsupportedError, match="'flash'"):
             extend(q, k, v, view, codec, 0.1, config=ExtendConfig(causal="flash"))
@@ -283,6 +284,3 @@ def test_lengths_are_read_at_every_replay(device: torch.device) -> None:
         view.num_pages.copy_(now.num_pages)
         graph.replay()
         assert_accurate(o.cpu(), (q, k, v, now, codec))
-
-
-assert callable(expand_kernel.run)  # the kernel itself is exercised through _Call.expand
