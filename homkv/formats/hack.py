@@ -135,6 +135,7 @@ class HackCodec(PageCodec):
 
     num_sinks = 0
     min_window = 0
+    impls = ("reference", "triton")
 
     def __init__(self, head_dim: int, options: HackOptions | None = None) -> None:
         super().__init__(head_dim)

@@ -73,6 +73,7 @@ class Hack2026Codec(PageCodec):
 
     num_sinks = 4
     min_window = 0
+    impls = ("reference", "triton")
 
     def __init__(self, head_dim: int, options: Hack2026Options | None = None) -> None:
         super().__init__(head_dim)
