@@ -1,18 +1,16 @@
-"""Encoding and sealing in Triton: byte for byte what the reference writes."""
-
-from dataclasses import replace
+"""Encoding in Triton: byte for byte what the reference writes, in every format, shape and spread over threads."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from homkv.attention.triton import encode as kernels
-from homkv.attention.triton import window
-from homkv.attention.view import LayerView
-from homkv.errors import DTypeError, FormatError, ShapeError
+from homkv.attention.triton.encode import EncodeConfig, encode
+from homkv.errors import DTypeError, FormatError, ShapeError, UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import RowsSpec
-from homkv.testing.inputs import make_tokens, make_view
+from homkv.testing.inputs import make_tokens
+
+KINDS = ("normal", "outliers", "constant", "zeros", "tiny")  # one per head: a launch is slow to interpret
 
 
 def make_codec(name: str, head_dim: int) -> RowsCodec:
@@ -20,110 +18,161 @@ def make_codec(name: str, head_dim: int) -> RowsCodec:
     return RowsCodec(head_dim, RowsSpec.parse(name), torch.randperm(head_dim, generator=generator).tolist())
 
 
-def tokens(kind: str, head_dim: int, dtype: torch.dtype, pages: int = 1) -> tuple[Tensor, Tensor]:
-    shape = (2, 64 * pages, head_dim)
-    return make_tokens(kind, *shape, seed=1).to(dtype), make_tokens(kind, *shape, seed=2).to(dtype)
+def tokens(head_dim: int, dtype: torch.dtype, pages: int = 1, kinds: tuple[str, ...] = KINDS) -> tuple[Tensor, Tensor]:
+    k, v = (
+        torch.stack([make_tokens(kind, 64 * pages, head_dim, seed=seed) for kind in kinds]).to(dtype) for seed in (1, 2)
+    )
+    return k, v
 
 
-CASES = [
-    ("small", 128, "normal", torch.float16),
-    ("balanced", 64, "outliers", torch.bfloat16),
-    ("quality", 96, "normal", torch.float32),
-    ("int8", 80, "tiny", torch.float32),
-    ("near-lossless", 64, "normal", torch.bfloat16),
-    ("balanced", 256, "normal", torch.float16),
-    ("k8024v4028", 64, "constant", torch.float16),
-    ("k2480v8042", 64, "outliers", torch.float32),
-    ("k0000v0000", 64, "zeros", torch.float16),
-]
+def expected(codec: RowsCodec, k: Tensor, v: Tensor) -> Tensor:
+    return codec.encode(k, v).transpose(0, 1)
 
 
-@pytest.mark.parametrize(("name", "head_dim", "kind", "dtype"), CASES)
-def test_bytes_are_the_references(
-    name: str, head_dim: int, kind: str, dtype: torch.dtype, device: torch.device
+@pytest.mark.parametrize(
+    ("name", "head_dim", "dtype"),
+    [
+        ("small", 128, torch.float16),
+        ("balanced", 128, torch.bfloat16),
+        ("k8442v4220", 96, torch.float32),
+        ("int8", 64, torch.float16),
+        ("near-lossless", 64, torch.bfloat16),
+        ("small", 256, torch.float16),
+        ("k8024v4028", 64, torch.float32),
+        ("k4420v8000", 80, torch.float16),
+        ("k0000v0000", 64, torch.float32),
+    ],
+)
+def test_same_bytes_for_every_format_and_head_dim(
+    name: str, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    codec, (k, v) = make_codec(name, head_dim), tokens(kind, head_dim, dtype)
-    found = kernels.encode(k.to(device), v.to(device), codec.layout, codec.order)
-    assert torch.equal(found.cpu(), codec.encode(k, v).transpose(0, 1))
+    codec, (k, v) = make_codec(name, head_dim), tokens(head_dim, dtype)
+    found = encode(k.to(device), v.to(device), codec.layout, codec.order)
+    assert torch.equal(found.cpu(), expected(codec, k, v))
 
 
-def test_strides_and_scatter(device: torch.device) -> None:
-    codec, (k, v) = make_codec("small", 64), tokens("normal", 64, torch.float16, pages=2)
-    strided = [x.to(device).transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v)]
-    out = torch.full((5, 2, codec.page_bytes), 7, dtype=torch.uint8, device=device)
+@pytest.mark.parametrize(
+    "config",
+    [
+        EncodeConfig(key_lanes=1, value_lanes=1, channels=8, overlap=False),
+        EncodeConfig(key_lanes=2, value_lanes=2, channels=4, overlap=False),
+        EncodeConfig(key_lanes=4, value_lanes=4, channels=16, overlap=True),
+        EncodeConfig(key_lanes=1, value_lanes=8, channels=8, overlap=True, threads=64),
+    ],
+)
+def test_threads_do_not_change_bytes(config: EncodeConfig, device: torch.device) -> None:
+    codec, (k, v) = make_codec("k0084v0220", 64), tokens(64, torch.float16)
+    found = encode(k.to(device), v.to(device), codec.layout, codec.order, config=config)
+    assert torch.equal(found.cpu(), expected(codec, k, v))
+
+
+def test_pages_of_any_stride_go_to_their_blocks_and_nowhere_else(device: torch.device) -> None:
+    codec, (k, v) = make_codec("balanced", 64), tokens(64, torch.float16, pages=2, kinds=("normal", "outliers", "tiny"))
+    token_first = k.to(device).transpose(0, 1).contiguous().transpose(0, 1)  # as a projection leaves them
+    unaligned = torch.nn.functional.pad(v.to(device), (1, 2))[..., 1:-2]
+    assert not token_first.is_contiguous()
+    assert not unaligned.is_contiguous()
+    out = torch.full((5, 3, codec.page_bytes), 0xA5, dtype=torch.uint8, device=device)
     ids = torch.tensor([3, 1], dtype=torch.int32, device=device)
-    kernels.encode(*strided, codec.layout, codec.order, out=out, block_ids=ids)
-    assert torch.equal(out[[3, 1]].cpu(), codec.encode(k, v).transpose(0, 1))
-    assert bool((out[[0, 2, 4]] == 7).all())
+    assert encode(token_first, unaligned, codec.layout, codec.order, out=out, block_ids=ids) is out
+    assert torch.equal(out[[3, 1]].cpu(), expected(codec, k, v))
+    assert bool((out[[0, 2, 4]] == 0xA5).all())
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])
-def test_what_cannot_be_stored(value: float, device: torch.device) -> None:
-    codec, (k, v) = make_codec("small", 64), tokens("normal", 64, torch.float32)
-    for x in (k, v):
-        spoiled = [y.clone().to(device) for y in (k, v)]
-        spoiled[0 if x is k else 1][1, 7] = value
-        with pytest.raises(FormatError, match="larger ones"):
-            kernels.encode(*spoiled, codec.layout, codec.order)
-        status = torch.zeros(1, dtype=torch.int32, device=device)
-        kernels.encode(*spoiled, codec.layout, codec.order, status=status)
-        assert int(status) == 1
+def test_wrong_block_ids_are_refused_or_stay_inside(device: torch.device) -> None:
+    codec, (k, v) = make_codec("k2000v0002", 64), tokens(64, torch.float16, pages=2, kinds=("normal",))
+    k, v = k.to(device), v.to(device)
+    out = torch.zeros(3, 1, codec.page_bytes, dtype=torch.uint8, device=device)
+    for wrong in ([0, 3], [-1, 0], [1, 1]):
+        ids = torch.tensor(wrong, dtype=torch.int32, device=device)
+        with pytest.raises(ShapeError, match="different block_ids"):
+            encode(k, v, codec.layout, codec.order, out=out, block_ids=ids)
+    ids, status = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([-7, 99], [0]))
+    encode(k, v, codec.layout, codec.order, out=out, block_ids=ids, status=status)
+    assert torch.equal(out[[0, 2]].cpu(), expected(codec, k.cpu(), v.cpu()))
+    assert not out[1].any()
+
+
+def test_no_pages_are_no_bytes(device: torch.device) -> None:
+    codec, none = make_codec("balanced", 64), torch.empty(2, 0, 64, device=device)
+    assert encode(none, none, codec.layout, codec.order).shape == (0, 2, codec.page_bytes)
+
+
+# -- what cannot be stored -------------------------------------------------------------------------------------------
+
+
+def refused(name: str, k: Tensor, v: Tensor, device: torch.device, match: str) -> None:
+    """The same error as the reference's, or a status."""
+    codec = make_codec(name, 64)
+    k, v = k.to(device), v.to(device)
+    with pytest.raises(FormatError, match=match) as wanted:
+        codec.encode(k, v)
+    with pytest.raises(FormatError) as found:
+        encode(k, v, codec.layout, codec.order)
+    assert str(found.value) == str(wanted.value)
+    status = torch.zeros(1, dtype=torch.int32, device=device)
+    encode(k, v, codec.layout, codec.order, status=status)
+    assert int(status) != 0
+
+
+@pytest.mark.parametrize(("which", "bad"), [("keys", torch.nan), ("values", torch.nan), ("values", -torch.inf)])
+def test_what_is_not_finite_is_refused(which: str, bad: float, device: torch.device) -> None:
+    k, v = tokens(64, torch.float32, kinds=("normal",))
+    (k if which == "keys" else v)[0, 50, 63] = bad  # of values, a channel that is not stored
+    refused("k0000v8000", k, v, device, f"finite {which}.*wider dtype")
+
+
+def test_a_mean_beyond_fp16_is_refused(device: torch.device) -> None:
+    k, v = tokens(64, torch.float32, kinds=("normal",))
+    k[0, :, 5] = 65520.0  # the first mean that fp16 rounds to infinity
+    refused("k0002v0000", k, v, device, r"means.*65504.*fp16")
+    k[0, :, 5] = 65519.0
+    codec = make_codec("k0002v0000", 64)
+    assert torch.equal(encode(k.to(device), v.to(device), codec.layout, codec.order).cpu(), expected(codec, k, v))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("k4280v0000", 1e6), ("k0002v0000", 3e38), ("k0000v0002", 1e6), ("k0000v0400", 3e38), ("k0000v8000", 1e6)],
+)
+def test_a_scale_beyond_the_format_is_refused(name: str, size: float, device: torch.device) -> None:
+    k, v = tokens(64, torch.float32, kinds=("normal",))
+    (k if "v0000" in name else v)[0, 10:12] = torch.tensor([size, -size])[:, None].expand(2, 64)  # mean stays small
+    refused(name, k, v, device, r"scales up to 240.*fp16")
+
+
+def test_the_largest_scale_is_stored(device: torch.device) -> None:
+    """8 bits round up: 240 * 127 is the largest magnitude that byte 255 covers."""
+    codec = make_codec("k0000v8000", 64)
+    k, v = torch.zeros(2, 1, 64, 64).unbind()
+    v[0, 0, 0] = 240 * 127 * 4.0  # alone in its token: the rotation spreads it over 16 slots
+    found = encode(k.to(device), v.to(device), codec.layout, codec.order).cpu()
+    assert torch.equal(found, expected(codec, k, v))
+    assert int(found[0, 0, codec.layout.v_classes[0].scales_offset]) == 255
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_wrong_input_is_refused(device: torch.device) -> None:
-    codec, (k, v) = make_codec("small", 64), [x.to(device) for x in tokens("normal", 64, torch.float16)]
+    codec, (k, v) = make_codec("small", 64), [x.to(device) for x in tokens(64, torch.float16)]
+    layout, order = codec.layout, codec.order
     with pytest.raises(ShapeError, match="whole pages"):
-        kernels.encode(k[:, :63], v[:, :63], codec.layout, codec.order)
+        encode(k[:, :63], v[:, :63], layout, order)
     with pytest.raises(DTypeError, match="both"):
-        kernels.encode(k, v.float(), codec.layout, codec.order)
+        encode(k, v.float(), layout, order)
+    with pytest.raises(DTypeError, match="both"):
+        encode(k.int(), v.int(), layout, order)
+    with pytest.raises(UnsupportedError, match="tensors on"):
+        encode(k.to("meta"), v.to("meta"), layout, order)
     with pytest.raises(ShapeError, match="contiguous last"):
-        kernels.encode(k.repeat(1, 1, 2)[..., ::2], v.repeat(1, 1, 2)[..., ::2], codec.layout, codec.order)
+        encode(k.repeat(1, 1, 2)[..., ::2], v.repeat(1, 1, 2)[..., ::2], layout, order)
+    out = torch.zeros(1, len(k), codec.page_bytes, dtype=torch.uint8, device=device)
     with pytest.raises(ShapeError, match="expected out"):
-        kernels.encode(k, v, codec.layout, codec.order, out=torch.zeros(1, 2, 64, dtype=torch.uint8, device=device))
-
-
-def full_window_view(codec: RowsCodec) -> tuple[LayerView, Tensor, Tensor]:
-    """Two sequences, the first with a full window; keys and values as they are stored."""
-    view = make_view(codec, [195, 150], 2)
-    full = codec.num_sinks + codec.max_window
-    k, v = (make_tokens("normal", 2, full, codec.head_dim, seed=s).half() for s in (5, 6))
-    view.exact_k[int(view.slots[0])], view.exact_v[int(view.slots[0])] = k, v
-    return replace(view, exact_len=torch.tensor([full, int(view.exact_len[1])], dtype=torch.int32)), k, v
-
-
-@pytest.mark.parametrize("name", ["small", "k8024v4028"])
-def test_append_seals_what_is_due(name: str, device: torch.device) -> None:
-    codec = make_codec(name, 64)
-    host, k, v = full_window_view(codec)
-    due = host.exact_len == codec.num_sinks + codec.max_window
-    assert due.tolist() == [True, False]
-    pages = host.num_pages + due.int()
-    table = torch.nn.functional.pad(host.page_table, (0, 2))
-    free = next(i for i in range(host.pool.shape[0]) if i not in host.page_table.tolist())
-    table[0, int(pages[0]) - 1] = free
-    host = replace(host, num_pages=pages.int(), exact_len=host.exact_len + 1 - 64 * due.int(), page_table=table)
-    view = LayerView(**{n: x.to(device, copy=True).contiguous() for n, x in vars(host).items()})
-    new_k, new_v = (make_tokens("normal", 2, 2, 64, seed=s).half().to(device) for s in (8, 9))
-    status = torch.zeros(1, dtype=torch.int32, device=device)
-    window.append(new_k, new_v, view, due.to(device), codec, status)
-    assert int(status) == 0
-    sealed = codec.encode(k[:, 4:68].float(), v[:, 4:68].float())
-    assert torch.equal(view.pool[free].cpu(), sealed[:, 0])
-    for buffer, before, new in ((view.exact_k, k, new_k), (view.exact_v, v, new_v)):
-        after = buffer.cpu()
-        assert torch.equal(after[int(host.slots[0]), :, :68], torch.cat((before[:, :4], before[:, 68:132]), 1))
-        for b in range(2):
-            assert torch.equal(after[int(host.slots[b]), :, int(host.exact_len[b]) - 1], new[b].cpu())
-    untouched = [i for i in range(host.pool.shape[0]) if i != free]
-    assert torch.equal(view.pool[untouched].cpu(), host.pool[untouched])
-
-
-def test_append_flags_what_is_not_finite(device: torch.device) -> None:
-    codec = make_codec("small", 64)
-    view = LayerView(**{n: x.to(device) for n, x in vars(make_view(codec, [150], 2)).items()})
-    k = torch.full((1, 2, 64), 1e6, device=device)  # too large for the window's float16
-    status, due = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.bool, device=device)
-    window.append(k, k, view, due, codec, status)
-    assert int(status) == 1
-    with pytest.raises(ShapeError, match="one token per sequence"):
-        window.append(k[:, :1], k, view, due, codec, status)
+        encode(k, v, layout, order, out=out[..., :64].contiguous())
+    with pytest.raises(ShapeError, match="1 block_ids"):
+        encode(k, v, layout, order, out=out, block_ids=torch.zeros(2, dtype=torch.int32, device=device))
+    with pytest.raises(DTypeError, match="block_ids"):
+        encode(k, v, layout, order, out=out, block_ids=torch.zeros(1, dtype=torch.int64, device=device))
+    with pytest.raises(ShapeError, match="status"):
+        encode(k, v, layout, order, status=torch.zeros(2, dtype=torch.int32, device=device))
