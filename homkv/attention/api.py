@@ -9,6 +9,7 @@ from homkv.attention.view import LayerView, check_query
 from homkv.errors import ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
 from homkv.formats.hack import HackCodec
+from homkv.formats.hack2026 import Hack2026Codec
 from homkv.formats.hack_prefill import quantized_prefill
 from homkv.formats.rows import RowsCodec
 
@@ -62,6 +63,10 @@ def encode(
         from homkv.attention.triton import encode as kernels
 
         return kernels.encode(k, v, codec.layout, codec.order, status=status)
+    if isinstance(codec, HackCodec | Hack2026Codec) and chosen == "triton":
+        from homkv.attention.triton import hack_encode
+
+        return hack_encode.encode(k, v, codec, first_position, status=status)
     return codec.encode(k, v, first_position).transpose(0, 1).contiguous()
 
 
@@ -103,13 +108,19 @@ def extend(
     return reference.merge_partials(old, old_lse, new, new_lse)[0].to(q.dtype)
 
 
-def prefill(codec: PageCodec, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+def prefill(
+    codec: PageCodec, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *, impl: str | None = None
+) -> Tensor:
     """Causal attention of a whole prompt, ``q [B, H, T, D]``, ``k v [B, G, T, D]``, in q's dtype.
 
-    Exact, unless the format quantizes its prefill as well (``hack:prefill=int8``).
+    Exact, unless the format quantizes its prefill as well (``hack:prefill=int8``). Raises as :func:`attend` does.
     """
     if computes_quantized_prefill(codec):
         assert isinstance(codec, HackCodec)
+        if resolve_impl(codec, impl, q.device) == "triton":
+            from homkv.attention.triton.hack_prefill import hack_prefill
+
+            return hack_prefill(q, k, v, codec, softmax_scale)
         return quantized_prefill(q.float(), k.float(), v.float(), codec, softmax_scale).to(q.dtype)
     return causal(q, k, v, softmax_scale)
 
