@@ -1,5 +1,6 @@
 """One cell: send its requests at their times, follow them through the workers, account for every second."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ def record(run_id: str, life: Life, kv_bytes: Callable[[int], int]) -> RequestRe
     for i in range(1, len(moments)):
         moments[i] = max(moments[i], moments[i - 1])
     queue, prefill, pack, transfer, unpack, wait, decode = (
-        after - before for before, after in zip(moments, moments[1:], strict=False)
+        after - before for before, after in itertools.pairwise(moments)
     )
     return RequestRecord(
         run_id=run_id,

@@ -275,4 +275,3 @@ class DecodeWorker(Worker):
         costs += [(x.digest_s, x.digest_bytes) for x in self._direct]
         seconds, size = sum(s for s, _ in costs), sum(n for _, n in costs)
         self.say(Closed(self.batch.slots.peak_bytes, self.peak_bytes(), seconds, size, self._log))
-

@@ -27,7 +27,9 @@ def join(start: Start, device: torch.device) -> dict[tuple[int, int], dist.Proce
     """Meet all workers; returns one group per pair of ranks (prefill, decode), each with a connection of its own."""
     assert start.store_port is not None
     world = start.num_prefill + start.num_decode
-    store = dist.TCPStore("127.0.0.1", start.store_port, world, is_master=False, timeout=TIMEOUT)
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # torch exports it by a star
+        "127.0.0.1", start.store_port, world, is_master=False, timeout=TIMEOUT
+    )
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=start.rank, world_size=world, timeout=TIMEOUT)
     pairs = [(p, start.num_prefill + d) for p in range(start.num_prefill) for d in range(start.num_decode)]
@@ -45,7 +47,9 @@ def join(start: Start, device: torch.device) -> dict[tuple[int, int], dist.Proce
 
 def has_backend(device: torch.device) -> bool:
     """Whether torch.distributed can connect devices of this kind."""
-    return bool(dist.is_available()) and (dist.is_nccl_available() if device.type == "cuda" else dist.is_gloo_available())
+    return bool(dist.is_available()) and (
+        dist.is_nccl_available() if device.type == "cuda" else dist.is_gloo_available()
+    )
 
 
 class DirectOutgoing:

@@ -1,6 +1,6 @@
 """How a format's KV leaves a prompt: one run of bytes per layer, the same on every link.
 
-``dense``: keys, then values, ``[G, T, D]`` each. ``pages``: exact keys, exact values ``[G, E, D]``, pages ``[N, G, P]``.
+Dense: keys, then values, ``[G, T, D]`` each. Pages: exact keys, exact values ``[G, E, D]``, pages ``[N, G, P]``.
 """
 
 from abc import ABC, abstractmethod
@@ -85,8 +85,8 @@ class PagesForm(Form):
     def pack(self, k: Tensor, v: Tensor, payload: Tensor, status: Tensor) -> None:
         """See Form."""
         held = None if k.device.type == "cpu" else status  # on a CPU what cannot be stored raises at once
-        exact = (to_exact(x, EXACT_DTYPE, what, held) for x, what in ((k, "keys"), (v, "values")))
-        content = seal(self.codec, *exact, 0, status=held)
+        exact_k, exact_v = to_exact(k, EXACT_DTYPE, "keys", held), to_exact(v, EXACT_DTYPE, "values", held)
+        content = seal(self.codec, exact_k, exact_v, 0, status=held)
         place = self.split(payload, k.shape[1])
         place.exact_k.copy_(content.exact_k)
         place.exact_v.copy_(content.exact_v)

@@ -42,6 +42,11 @@ class PoolOptions:
     use_direct: bool = False
 
 
+def make_store(world: int) -> Any:
+    """Where the workers of torch.distributed meet; lives in this process, on a free port."""
+    return dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
 class Pool:
     """Running workers. Use as a context manager; a child ends when its standard input closes."""
 
@@ -53,9 +58,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="homkv-pd-")
         self._processes: list[subprocess.Popen[bytes]] = []
         world = self.num_prefill + self.num_decode
-        self._store = (
-            dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False) if options.use_direct else None
-        )
+        self._store = make_store(world) if options.use_direct else None
         try:
             self._start(deadline_s)
         except BaseException:

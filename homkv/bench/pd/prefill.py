@@ -140,7 +140,9 @@ class PrefillWorker(Worker):
     def _connect(self, ports: list[int]) -> None:
         start = self.start
         has_direct = start.store_port is not None
-        sockets = [[connect(port, start.token, start.rank, i) for i in range(start.lanes + has_direct)] for port in ports]
+        sockets = [
+            [connect(port, start.token, start.rank, i) for i in range(start.lanes + has_direct)] for port in ports
+        ]
         self._tcp = [Outgoing(s[: start.lanes], start.chunk_bytes, self.device, self.fail) for s in sockets]
         if has_direct:
             groups = direct.join(start, self.device)
@@ -169,20 +171,20 @@ class PrefillWorker(Worker):
         low, high = cell.prompts
         out = []
         for index, tokens in enumerate([high, *sorted({low, (low + high) // 2, high})]):
-            sizes: list[tuple[Tensor, Tensor]] = []
+            layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+            def on_layer(layer: int, k: Tensor, v: Tensor, keep: dict[int, tuple[Tensor, Tensor]] = layers) -> None:
+                self._pack(k, v)
+                keep[0] = (k, v)
+
             start_s = time.monotonic()
-            self._forward(tokens, 0, lambda layer, k, v, sizes=sizes: self._pack_first(layer, k, v, sizes))
+            self._forward(tokens, 0, on_layer)
             prefill_s = time.monotonic() - start_s
-            pack_s = self._time_packing(*sizes[0])
+            pack_s = self._time_packing(*layers[0])
             if index:
                 out += [Step("prefill", 1, tokens, prefill_s), Step("pack", 1, tokens, pack_s)]
         check_status(self._status)
         return out
-
-    def _pack_first(self, layer: int, k: Tensor, v: Tensor, first: list[tuple[Tensor, Tensor]]) -> None:
-        self._pack(k, v)
-        if layer == 0:
-            first.append((k, v))
 
     def _time_packing(self, k: Tensor, v: Tensor) -> float:
         """Seconds to pack as many layers as the model has."""
@@ -264,6 +266,4 @@ class PrefillWorker(Worker):
 
     def _report(self, prompt: Prompt) -> None:
         order = prompt.order
-        self.say(
-            Prefilled(order.request, prompt.start_s, prompt.computed_s, prompt.sent_s, prompt.link_bytes)
-        )
+        self.say(Prefilled(order.request, prompt.start_s, prompt.computed_s, prompt.sent_s, prompt.link_bytes))

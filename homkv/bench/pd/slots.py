@@ -31,7 +31,7 @@ class StepRows(ABC):
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """Store one token per row, ``k v [B, G, 1, D]``, and attend with ``q [B, H, 1, D]``: as homkv.generate.StepKV."""
+        """Store one token per row, ``k v [B, G, 1, D]``, attend with ``q [B, H, 1, D]``: as homkv.generate.StepKV."""
 
 
 class Slots(ABC):
@@ -90,10 +90,12 @@ class Slots(ABC):
         """The first ``count`` slots for one step."""
 
     def settle(self) -> None:
-        """What the host has to do between two steps."""
+        """What the host has to do before a step."""
+        return
 
     def check(self) -> None:
         """Raise FormatError if a step met values that cannot be stored."""
+        return
 
     @property
     @abstractmethod

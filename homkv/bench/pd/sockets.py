@@ -112,7 +112,8 @@ def connect(port: int, token: str, rank: int, lane: int) -> socket.socket:
 
 def accept(listener: socket.socket, token: str, count: int) -> dict[tuple[int, int], socket.socket]:
     """Wait for ``count`` lanes that know the token, by rank and lane. Others are closed. Raises TransferError."""
-    secret, out = bytes.fromhex(token), {}
+    secret = bytes.fromhex(token)
+    out: dict[tuple[int, int], socket.socket] = {}
     listener.settimeout(CONNECT_TIMEOUT_S)
     while len(out) < count:
         try:
@@ -168,9 +169,7 @@ class Outgoing:
         except BaseException as error:
             self._fail(error)
 
-    def _send_chunk(
-        self, lane: socket.socket, buffer: Tensor, stream: torch.Stream, layer: Layer, offset: int
-    ) -> None:
+    def _send_chunk(self, lane: socket.socket, buffer: Tensor, stream: torch.Stream, layer: Layer, offset: int) -> None:
         size = min(self._chunk_bytes, layer.num_bytes - offset)
         if layer.ready is not None:
             layer.ready.synchronize()
@@ -178,7 +177,7 @@ class Outgoing:
         with torch.get_device_module(self._device).stream(stream):
             buffer[:size].copy_(layer.payload[offset : offset + size], non_blocking=True)
         synchronize(stream)
-        data = memoryview(buffer.numpy())[:size]
+        data = buffer[:size].numpy().data
         digest = self.digests(data)
         pause_s = self.shaper.reserve(size, ready_s) - time.monotonic()
         if pause_s > 0:
@@ -236,7 +235,7 @@ class Incoming:
         request, layer, offset, size, stated = chunk
         if size > self._chunk_bytes:
             raise TransferError(f"expected chunks of at most {self._chunk_bytes} bytes, found {size}")
-        data = memoryview(buffer.numpy())[:size]
+        data = buffer[:size].numpy().data
         recv_exactly(lane, data)
         if self.digests(data) != stated:
             raise TransferError(
@@ -253,7 +252,8 @@ class Incoming:
 
 def side_stream(device: torch.device) -> torch.Stream:
     """A stream beside the computation's."""
-    return torch.get_device_module(device).Stream()
+    stream: torch.Stream = torch.get_device_module(device).Stream()
+    return stream
 
 
 def synchronize(stream: torch.Stream) -> None:
