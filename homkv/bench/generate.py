@@ -231,7 +231,7 @@ def empty_kv(shape: ModelShape, name: str, max_tokens: list[int], device: torch.
 def codec_of(shape: ModelShape, name: str) -> PageCodec:
     """A rows format in the order of the model's RoPE."""
     inv_freq = tuple(shape.rope_theta ** (-2 * p / shape.head_dim) for p in range(shape.head_dim // 2))
-    return make_codec(name, shape.head_dim, RopeSpec(shape.head_dim, shape.head_dim, "half", inv_freq).channel_order())
+    return make_codec(name, shape.head_dim, RopeSpec(shape.head_dim, shape.head_dim, "half", inv_freq))
 
 
 def fill_pages(kv: PagesKV, num_tokens: int) -> None:

@@ -1,7 +1,6 @@
 """What a decode instance computes with: one engine per format, all with the same few verbs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +16,7 @@ from homkv.formats.exact import ExactCodec
 from homkv.hf import Attachment, KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
+from homkv.rope import RopeSpec
 from homkv.seal import LayerContent
 from homkv.serve.messages import Sampling
 from homkv.transport.assemble import SequencePlan
@@ -222,12 +222,12 @@ class ExactEngine(Engine):
         self._pool.check(list(self._blocks.values()))
 
 
-def serving_codec(kv_cache_dtype: str, head_dim: int, channel_order: Sequence[int] | None = None) -> PageCodec:
+def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = None) -> PageCodec:
     """Bind a format to a head, as ``make_codec`` does, if prefill and decode instances can serve it.
 
     Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered.
     """
-    codec = make_codec(kv_cache_dtype, head_dim, channel_order)
+    codec = make_codec(kv_cache_dtype, head_dim, rope)
     if computes_quantized_prefill(codec):
         raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
     return codec
@@ -235,7 +235,7 @@ def serving_codec(kv_cache_dtype: str, head_dim: int, channel_order: Sequence[in
 
 def make_engine(loaded: LoadedModel, kv_cache_dtype: str, max_tokens: int, max_sequences: int) -> Engine:
     """Build the engine of a format. Raises FormatError, or UnsupportedError for a head_dim not covered."""
-    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
+    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
     if isinstance(codec, ExactCodec):
         return ExactEngine(loaded, codec, max_tokens, max_sequences)
     return PagedEngine(loaded, codec, max_tokens, max_sequences)

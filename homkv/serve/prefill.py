@@ -226,7 +226,7 @@ class PrefillInstance:
 
     def _codec(self, name: str) -> PageCodec:
         if name not in self._codecs:
-            self._codecs[name] = serving_codec(name, self.loaded.head_dim, self.loaded.rope.channel_order())
+            self._codecs[name] = serving_codec(name, self.loaded.head_dim, self.loaded.rope)
         return self._codecs[name]
 
     def _prefill(self, job: _Job) -> PrefillDone:

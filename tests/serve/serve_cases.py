@@ -228,7 +228,7 @@ class RawRequest:
     def __init__(self, pair: Pair, num_tokens: int = 150, request_id: str = "raw", kv_cache_dtype: str = "balanced"):
         self.pair, self.request_id = pair, request_id
         loaded = pair.prefiller.loaded
-        self.codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
+        self.codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
         self.peer = pair.peer()
         self.peer.send(Reserve(request_id, kv_cache_dtype, num_tokens, 4))
         ticket = self.peer.recv(PATIENCE_S)
