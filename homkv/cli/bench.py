@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from homkv.cli.bench_jct import jct
 from homkv.cli.bench_pd import pd
 from homkv.errors import UnsupportedError
 from homkv.spec import DEFAULT_FORMAT
 
 app = typer.Typer(help="Measure speed, always beside the best alternative.", no_args_is_help=True)
+app.command()(jct)
 app.command()(pd)
 
 DEVICES = ("auto", "cpu", "cuda")

@@ -49,7 +49,7 @@ def pd(
 
     Every format gets the same requests at the same times over the same link. One GPU serves as well: name it twice.
     """
-    from homkv.bench.pd.options import PdOptions
+    from homkv.bench.pd.options import PdOptions, known_prefill
 
     prefill_devices, decode_devices = split_devices(devices, prefill, decode)
     usual = PdOptions(prefill_devices, decode_devices, json_file)
@@ -63,7 +63,7 @@ def pd(
         links=tuple(link or usual.links),
         loads=tuple(load or usual.loads),
         overlaps=overlaps_of(overlap),
-        prefill=attention,
+        prefill=known_prefill(attention),
         requests=requests,
         slots=slots,
         kv_budget_gib=kv_budget_gib,

@@ -9,7 +9,7 @@ from rich.table import Table
 from homkv.bench.jct.summary import BASELINES, RateAtP99, Summary, baseline_of
 from homkv.sim.record import PHASES
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 UP = 1.005  # a ratio from here on is a change
 
 
@@ -24,12 +24,15 @@ def print_report(summaries: Sequence[Summary], console: Console) -> None:
 
 
 def times_table(case: str, members: Sequence[Summary]) -> Table:
-    """Seconds and bytes per format. ``x bf16``: mean JCT relative to that format's; below 1 is faster."""
+    """Seconds (TPOT in milliseconds) and bytes per format. ``x bf16``: mean JCT relative to that format's.
+
+    ``link``: what nothing hid. ``MB``: sent per request. ``KV MiB``: the most held at once; ``GiB``: all memory.
+    """
     baselines = [name for name in BASELINES if any(s.name == name for s in members)]
-    title = f"{case}: {min(len(s.requests) for s in members)} requests; seconds"
+    title = f"{case}: {min(len(s.requests) for s in members)} requests"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("format", no_wrap=True)
-    columns = ("JCT", "P99", "TTFT", "TPOT ms", "link", "MB sent", "KV GiB", "req/s")
+    columns = ("JCT", "P50", "P99", "TTFT", "TPOT", "link", "MB", "KV MiB", "GiB", "req/s")
     for column in (*columns, *(f"x {name}" for name in baselines)):
         table.add_column(column, justify="right", no_wrap=True)
     for s in members:
@@ -38,16 +41,17 @@ def times_table(case: str, members: Sequence[Summary]) -> Table:
 
 
 def numbers_of(s: Summary) -> list[str]:
-    """A row's numbers, as text. ``link``: seconds on the link that nothing hid; ``KV``: the most held at once."""
-    peak = s.run.info.peak_kv_bytes
+    """A row's numbers, as text."""
     return [
         f"{s.mean('jct_s'):.2f}",
+        f"{s.percentile('jct_s', 50):.2f}",
         f"{s.percentile('jct_s', 99):.2f}",
         f"{s.mean('ttft_s'):.2f}",
         f"{s.mean('tpot_s') * 1e3:.1f}",
         f"{s.mean('transfer_s'):.3f}",
         f"{s.mean('wire_bytes') / 1e6:.1f}",
-        "" if peak is None else f"{peak / GIB:.2f}" if peak >= GIB / 10 else f"{peak / GIB:.4f}",
+        f"{s.peak_kv_bytes / MIB:.0f}" if s.peak_kv_bytes > 100 * MIB else f"{s.peak_kv_bytes / MIB:.1f}",
+        f"{s.peak_memory_bytes / GIB:.1f}",
         f"{s.throughput_rps:.2f}",
     ]
 

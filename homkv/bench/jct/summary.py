@@ -14,16 +14,31 @@ BASELINES = ("bf16", "fp16", "fp8")  # what others are compared with, if they ra
 
 @dataclass(frozen=True)
 class Summary:
-    """One run. Times in seconds."""
+    """Runs of one configuration; their requests are pooled. Times in seconds."""
 
     case: str  # what was asked of the system: the same for runs that are compared
     name: str  # of the format, and what else sets it apart
-    run: Run
+    runs: tuple[Run, ...]
 
     @property
-    def requests(self) -> Sequence[RequestRecord]:
+    def requests(self) -> list[RequestRecord]:
         """Finished ones."""
-        return self.run.requests
+        return [request for run in self.runs for request in run.requests]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Of the first run."""
+        return self.runs[0].info.options
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        """The most KV that a decode instance held at once."""
+        return max(run.info.peak_kv_bytes or 0 for run in self.runs)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory of an instance: of its device, or resident."""
+        return max(run.info.peak_memory_bytes or 0 for run in self.runs)
 
     def mean(self, field: str) -> float:
         """Mean of a field over requests."""
@@ -39,21 +54,23 @@ class Summary:
 
     @property
     def throughput_rps(self) -> float:
-        """Finished requests per second between the first arrival and the last token."""
-        first = min(r.arrival_s for r in self.requests)
-        last = max(r.arrival_s + r.jct_s for r in self.requests)
-        return len(self.requests) / (last - first)
+        """Finished requests per second between the first arrival and the last token, over all runs."""
+        spans = []
+        for run in self.runs:
+            first, last = min(r.arrival_s for r in run.requests), max(r.arrival_s + r.jct_s for r in run.requests)
+            spans.append(last - first)
+        return len(self.requests) / sum(spans)
 
 
 def summarize(runs: Iterable[Run]) -> list[Summary]:
-    """Runs that have requests, in order. Their options ``case`` and ``variant`` say what they are."""
-    out = []
+    """Runs that have requests, in order, by case and name. Their options ``case`` and ``variant`` say what they are."""
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        variant = run.info.options.get("variant", "")
-        name = f"{run.info.kv_cache_dtype} {variant}".strip()
+        options = run.info.options
+        name = f"{run.info.kv_cache_dtype} {options.get('variant', '')}".strip()
         if run.requests:
-            out.append(Summary(run.info.options.get("case", run.info.run_id), name, run))
-    return out
+            groups.setdefault((options.get("case", run.info.run_id), name), []).append(run)
+    return [Summary(case, name, tuple(members)) for (case, name), members in groups.items()]
 
 
 def baseline_of(summary: Summary, all_of: Sequence[Summary], name: str) -> Summary | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -55,7 +55,6 @@ class PdOptions:
         for what, found, known in (
             ("model", [self.model], MODELS),
             ("workload", self.workloads, self.lengths),
-            ("prefill", [self.prefill], get_args(PrefillName)),
         ):
             if unknown := [x for x in found if x not in known]:
                 raise UnsupportedError(f"expected a {what} out of {', '.join(known)}, found {unknown[0]!r}")
@@ -116,3 +115,11 @@ def check_device(name: str) -> None:
         raise UnsupportedError(f"expected cpu or cuda devices, found {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UnsupportedError(f"expected one of {torch.cuda.device_count()} CUDA devices, found {name!r}")
+
+
+def known_prefill(name: str) -> PrefillName:
+    """The way that prompts attend. Raises UnsupportedError."""
+    for known in get_args(PrefillName):
+        if name == known:
+            return cast(PrefillName, known)
+    raise UnsupportedError(f"expected an attention out of {', '.join(get_args(PrefillName))}, found {name!r}")

@@ -232,7 +232,7 @@ def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> 
 
 def measured(runs: list[Run]) -> list[Summary]:
     """What tables show: all runs but calibrations, case by case."""
-    out = [s for s in summarize(runs) if s.run.info.options.get("load") != "calibration"]
+    out = [s for s in summarize(runs) if s.options.get("load") != "calibration"]
     order = list(dict.fromkeys(s.case for s in out))
     return sorted(out, key=lambda s: order.index(s.case))
 
@@ -242,11 +242,9 @@ def rates_at_p99(summaries: list[Summary], load: str) -> list[tuple[str, RateAtP
     out = []
     for place in dict.fromkeys(place_of(s) for s in summaries):
         here = [s for s in summaries if place_of(s) == place]
-        target = next((s for s in here if s.name == BASE and s.run.info.options["load"] == load), None)
+        target = next((s for s in here if s.name == BASE and s.options["load"] == load), None)
         for name in dict.fromkeys(s.name for s in here):
-            points = [
-                (float(s.run.info.options["rate_rps"]), s.percentile("jct_s", 99)) for s in here if s.name == name
-            ]
+            points = [(float(s.options["rate_rps"]), s.percentile("jct_s", 99)) for s in here if s.name == name]
             rate = None if target is None else rate_at_p99(points, target.percentile("jct_s", 99), name)
             if rate is not None:
                 out.append((place, rate))
