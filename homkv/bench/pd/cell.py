@@ -150,8 +150,10 @@ def run_cell(
 ) -> Outcome:
     """Measure a cell on running workers. Raises CellError; the pool is of no use then."""
     everyone = [*pool.prefill_ranks, *pool.decode_ranks]
-    pool.send(everyone, Open(cell))
-    opened = pool.gather(Opened, everyone, deadline_s)
+    opened: dict[int, Opened] = {}
+    for ranks in pool.apart():  # steps are timed meanwhile: on a shared device one worker after the other
+        pool.send(ranks, Open(cell))
+        opened |= pool.gather(Opened, ranks, deadline_s)
     run = CellRun(pool, requests, deadline_s)
     start_s = time.monotonic()
     run.run(on_done)

@@ -75,6 +75,14 @@ class Pool:
         """Workers that decode."""
         return range(self.num_prefill, self.num_prefill + self.num_decode)
 
+    def apart(self) -> list[list[int]]:
+        """All workers, in groups that share no device."""
+        devices = (*self.options.prefill, *self.options.decode)
+        everyone = list(range(len(devices)))
+        if len(set(devices)) == len(devices) and devices[0] != "cpu":
+            return [everyone]
+        return [[rank] for rank in everyone]
+
     def _start(self, deadline_s: float) -> None:
         options, token = self.options, secrets.token_hex(16)
         for rank, device in enumerate((*options.prefill, *options.decode)):
