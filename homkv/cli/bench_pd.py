@@ -41,6 +41,7 @@ def pd(
     chunk_mib: Annotated[float, typer.Option(help="Bytes that are hashed and paced at a time.")] = 4.0,
     budget_s: Annotated[float, typer.Option(help="Seconds for everything; cells beyond it are left out.")] = 3600.0,
     cell_timeout_s: Annotated[float, typer.Option(help="Seconds for one cell.")] = 300.0,
+    calibration_requests: Annotated[int, typer.Option(help="That arrive at once, to see bf16's capacity.")] = 5,
     seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
     json_file: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/pd.jsonl"),
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
@@ -72,6 +73,7 @@ def pd(
         chunk_mib=chunk_mib,
         budget_s=budget_s,
         cell_timeout_s=cell_timeout_s,
+        calibration_requests=calibration_requests,
         seed=seed,
         plots=plots,
     )
