@@ -21,6 +21,10 @@ class BlockPool:
         """Blocks that nobody holds."""
         return len(self._free)
 
+    def num_references(self, block: int) -> int:
+        """How many hold a block."""
+        return self._references[block]
+
     def require(self, count: int) -> None:
         """Raise CapacityError unless ``count`` blocks are free. Changes nothing."""
         if count > len(self._free):

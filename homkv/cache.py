@@ -338,12 +338,15 @@ class PagedCache(SequenceTable):
             exact_v=self._exact_v[layer][sequence.slot, :, :held].to("cpu", copy=True),
         )
 
-    def load_layer(self, layer: int, seq_id: int, content: LayerContent) -> None:
-        """Store verified content, on any device, in an empty layer. Raises ShapeError, HomkvError, CapacityError."""
+    def load_layer(self, layer: int, seq_id: int, content: LayerContent, first_page: int = 0) -> None:
+        """Store verified content, on any device, in an empty layer. Raises ShapeError, HomkvError, CapacityError.
+
+        ``content.pages`` begin with ``first_page``; those before it are blocks that the sequence shares.
+        """
         sequence = self._sequence(seq_id)
         if self.num_tokens(seq_id, layer):
             raise HomkvError(f"expected layer {layer} of sequence {seq_id} to be empty, found tokens in it")
-        n = self.codec.num_pages(content.num_tokens)
+        n = self.codec.num_pages(content.num_tokens) - first_page
         pages = (n, self.num_kv_heads, self.codec.page_bytes)
         exact = (self.num_kv_heads, self.codec.num_exact(content.num_tokens), self.codec.head_dim)
         found = (tuple(content.pages.shape), tuple(content.exact_k.shape), tuple(content.exact_v.shape))
@@ -353,9 +356,15 @@ class PagedCache(SequenceTable):
                 f"expected uint8 pages {pages} and exact tokens {exact} in {self.exact_dtype}, found {found} in "
                 f"{dtypes}; both sides must use the same format and model"
             )
-        self._reserve([(sequence, n)])
+        self._reserve([(sequence, first_page + n)])
+        self._num_pages[layer, sequence.slot] = first_page
         parts = (x.to(self.device) for x in (content.pages, content.exact_k, content.exact_v))
         self._commit(layer, sequence, LayerContent(content.num_tokens, *parts))
+
+    def changed_blocks(self, blocks: list[int]) -> set[int]:
+        """Which of these sealed blocks differ, in any layer, from what was stored."""
+        index = self._index(blocks)
+        return {b for layer, pool in enumerate(self._pools) for b in self._digests.changed(layer, pool, index)}
 
     def check(self) -> None:
         """Raise HomkvError unless reference counts, lengths and every page's digest are what they must be."""

@@ -1,5 +1,8 @@
 """Who holds which blocks and how long every sequence is, layer by layer: the cache's books, kept on the host."""
 
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,22 +31,25 @@ class SequenceTable:
         self._exact_len = np.zeros((num_layers, max_sequences), np.int32)
         self._blocks = BlockPool(num_blocks)
         self._sequences: dict[int, Sequence] = {}
+        self._kept: Counter[int] = Counter()  # references to blocks besides those of sequences
         self._broken: set[int] = set()  # ids: values that cannot be stored were noticed too late to leave them out
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._next_id = 0
 
-    def new_sequence(self, num_tokens: int = 0) -> int:
+    def new_sequence(self, num_tokens: int = 0, shared: Many[int] = ()) -> int:
         """Open an empty sequence with room reserved for ``num_tokens``; returns its id, which is never reused.
 
+        ``shared``: sealed blocks that become its first pages; a layer has them when ``load_layer`` is told so.
         Raises CapacityError if no slot or not enough blocks are free; nothing changes then.
         """
         if not self._free_slots:
             raise CapacityError(
                 f"expected a free sequence slot, found all {self.max_sequences} taken; free a sequence first"
             )
-        blocks = self._blocks.allocate(self.codec.num_pages(num_tokens))
+        blocks = self._blocks.allocate(max(self.codec.num_pages(num_tokens) - len(shared), 0))
+        self._blocks.share(shared)
         sequence = Sequence(self._free_slots.pop())
-        self._hold(sequence, blocks)
+        self._hold(sequence, [*shared, *blocks])
         self._num_pages[:, sequence.slot] = 0
         self._exact_len[:, sequence.slot] = 0
         self._next_id += 1
@@ -80,6 +86,28 @@ class SequenceTable:
         """Tokens stored in one layer of a sequence."""
         slot = self._sequence(seq_id).slot
         return int(self._num_pages[layer, slot]) * self.codec.page_tokens + int(self._exact_len[layer, slot])
+
+    def blocks(self, seq_id: int) -> list[int]:
+        """The blocks of a sequence, in the order of its pages."""
+        return list(self._sequence(seq_id).blocks)
+
+    def keep(self, blocks: Iterable[int]) -> None:
+        """Hold blocks beyond the life of their sequences."""
+        blocks = list(blocks)
+        self._blocks.share(blocks)
+        self._kept.update(blocks)
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Give up what :meth:`keep` held. Raises HomkvError for a block that was not kept."""
+        for block in blocks:
+            if not self._kept[block]:
+                raise HomkvError(f"expected block {block} to be kept, found it not; it was dropped twice")
+            self._kept[block] -= 1
+            self._blocks.release([block])
+
+    def is_only_kept(self, block: int) -> bool:
+        """Whether a kept block would be free if it were dropped once."""
+        return self._blocks.num_references(block) == 1
 
     @property
     def num_free_blocks(self) -> int:
@@ -120,7 +148,7 @@ class SequenceTable:
 
     def _check_books(self) -> None:
         """Raise HomkvError unless reference counts, slots and lengths are what they must be."""
-        self._blocks.check([s.blocks for s in self._sequences.values()])
+        self._blocks.check([*(s.blocks for s in self._sequences.values()), list(self._kept.elements())])
         used = [s.slot for s in self._sequences.values()]
         if sorted(used + self._free_slots) != list(range(self.max_sequences)):
             raise HomkvError(f"expected every slot used once or free once, found used {used}, free {self._free_slots}")

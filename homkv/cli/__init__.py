@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import bench, demo, doctor, eval, formats, serve
+from homkv.cli import bench, demo, doctor, eval, formats, keys, serve
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -19,7 +19,10 @@ app.command("demo")(demo.demo)
 app.command("eval")(eval.evaluate)
 app.command("formats")(formats.formats)
 app.command("doctor")(doctor.doctor)
-app.add_typer(serve.app, name="serve")
+app.command(
+    "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)(serve.serve)
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 
 

@@ -49,9 +49,12 @@ def demo(
     options = InstanceOptions(
         model,
         tuple(dict.fromkeys((EXACT, kv_cache_dtype))),
-        link_gbps,
-        num_threads,
+        link_gbps=link_gbps,
+        num_threads=num_threads,
         max_tokens=len(prompt_ids) + max_new_tokens + 1024,
+        # one chunk, so that transfers hide behind the computation; nothing kept, so that every run computes all of it
+        prefill={"chunk_tokens": len(prompt_ids), "prefix_bytes": 0},
+        decode={"share_prefixes": False},
     )
     result = _measure(console, options, tokenizer, prompt_ids, kv_cache_dtype, max_new_tokens)
     console.print(render(result))
@@ -70,13 +73,13 @@ def _measure(
     """Start both processes, run the comparison and stop them, showing what happens."""
     from homkv.eval.demo import compare
     from homkv.serve.client import Client
-    from homkv.serve.spawn import LocalPair
+    from homkv.serve.spawn import LocalCluster
 
     with ExitStack() as stack:
         display = Display(stack.enter_context(_progress(console)), max_new_tokens)
-        pair = stack.enter_context(LocalPair(options, display.report))
-        addresses = pair.addresses
-        client = stack.enter_context(Client(addresses["prefill"], addresses["decode"], pair.security))
+        cluster = stack.enter_context(LocalCluster(options, display.report))
+        (prefill,), (decode,) = cluster.addresses("prefill"), cluster.addresses("decode")
+        client = stack.enter_context(Client(prefill, decode, cluster.security))
         return compare(
             client,
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),

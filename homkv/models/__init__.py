@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from homkv.errors import DTypeError, HomkvError, UnsupportedError
@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "cache_root",
     "describe_model",
+    "load_context_length",
     "load_model",
     "load_tokenizer",
 ]
@@ -95,6 +96,13 @@ def load_tokenizer(name_or_path: str, *, progress: Progress = _silent) -> PreTra
     """
     with _no_progress_bars(), _explained(name_or_path):
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(_find(name_or_path, progress)))
+
+
+def load_context_length(name_or_path: str, *, progress: Progress = _silent) -> int:
+    """Tokens that a model takes in, from its config alone. Raises as :func:`load_tokenizer` does."""
+    with _no_progress_bars(), _explained(name_or_path):
+        config = AutoConfig.from_pretrained(_find(name_or_path, progress)).get_text_config()
+    return int(config.max_position_embeddings)
 
 
 def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:

@@ -1,6 +1,6 @@
-"""The client of a prefill and a decode instance: sends a prompt, yields tokens, accounts for the time."""
+"""A blocking client: one request at a time through a dispatcher of its own, with every time accounted for."""
 
-import secrets
+import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,47 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from homkv.errors import HomkvError, TransferError
-from homkv.serve.messages import (
-    Cancel,
-    DecodeTimes,
-    Done,
-    Failed,
-    FromDecode,
-    FromPrefill,
-    Prefill,
-    PrefillDone,
-    Progress,
-    Reserve,
-    Sampling,
-    Ticket,
-    Token,
-)
-from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions, Receipt
+from homkv.errors import TransferError
+from homkv.serve.dispatch import Dispatcher
+from homkv.serve.fleet import Address
+from homkv.serve.messages import DecodeTimes, PrefillDone, Progress, Token
+from homkv.serve.query import DispatchOptions, Ended, Query
+from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions
 from homkv.transport.keys import Security
-from homkv.transport.link import Peer
 
+__all__ = ["PHASES", "Address", "Answer", "Client", "Query"]
 PHASES = ("queue", "prefill", "pack", "send", "verify", "first_token")
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where an instance listens, and its public key (None: without encryption)."""
-
-    endpoint: str
-    key: str | None
-
-
-@dataclass(frozen=True)
-class Query:
-    """What to generate. ``forced_ids`` are fed instead of the chosen tokens, to compare models on one text."""
-
-    prompt_ids: list[int]
-    kv_cache_dtype: str
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    forced_ids: list[int] | None = None
-    return_logits: bool = False
 
 
 @dataclass
@@ -91,129 +60,81 @@ class Answer:
 
 
 class Client:
-    """Connections to one prefill and one decode instance. One request at a time; use as a context manager.
+    """One prefill and one decode instance, one request at a time. Use as a context manager.
 
-    A connection that broke is not repaired: after a LinkError make a new client.
+    Connections that break are made again; the request that they broke fails with the reason.
     """
 
     def __init__(self, prefill: Address, decode: Address, security: Security, options: LinkOptions = DEFAULTS) -> None:
-        self._decode_address = decode
-        self._broken: LinkError | None = None
-        self._decode = Peer(decode.endpoint, FromDecode, security, decode.key, options)
-        try:
-            self._prefill = Peer(prefill.endpoint, FromPrefill, security, prefill.key, options)
-        except BaseException:
-            self._decode.close()
-            raise
+        limits = DispatchOptions(no_instance_timeout_s=options.peer_timeout_s)
+        self._dispatcher = Dispatcher([prefill], [decode], security, limits=limits, options=options)
 
     def generate(
         self,
         query: Query,
         *,
-        on_layer: Callable[[int], None] = lambda layers: None,
+        on_layer: Callable[[int], None] | None = None,
         on_token: Callable[[int], None] = lambda token: None,
         timeout_s: float = 600.0,
     ) -> Answer:
         """Run one request to its end. Raises the typed error of the instance that failed, or LinkError.
 
-        Whatever is raised, by a callback too, both instances are told to drop the request.
+        Whatever is raised, by a callback too, both instances are told to drop the request. ``on_layer`` is told how
+        many layers of all chunks are computed.
         """
-        if self._broken is not None:
-            raise LinkError("closed", f"expected open connections, found one lost ({self._broken}); make a new Client")
-        request_id, answer = secrets.token_hex(8), Answer(submitted_s=time.monotonic())
+        if on_layer is not None:
+            query = Query(**{**vars(query), "report_progress": True})
+        events: queue.SimpleQueue[Progress | Token | Ended] = queue.SimpleQueue()
+        answer = Answer(submitted_s=time.monotonic())
         deadline_s = answer.submitted_s + timeout_s
+        request_id = self._dispatcher.submit(query, events.put)
         try:
-            ticket = self._reserve(request_id, query, deadline_s)
-            self._prefill.send(self._order(request_id, query, ticket))
-            while answer.decode is None or answer.prefill is None:
-                if time.monotonic() > deadline_s:
-                    raise LinkError(
-                        "timeout", f"expected an answer within {timeout_s} s, found none; is an instance overloaded?"
-                    )
-                self._advance(request_id, answer, on_layer, on_token)
-        except BaseException as error:
-            if isinstance(error, LinkError) and error.reason == "vanished":
-                self._broken = error
-            self._cancel(request_id)
+            while True:
+                event = self._next(events, deadline_s, timeout_s)
+                if isinstance(event, Ended):
+                    return _finished(answer, event)
+                if isinstance(event, Progress):
+                    if on_layer is not None:
+                        on_layer(event.num_layers)
+                else:
+                    _take(answer, event)
+                    on_token(event.choice.token)
+        except BaseException:
+            self._dispatcher.cancel(request_id)
             raise
-        return answer
 
-    def _reserve(self, request_id: str, query: Query, deadline_s: float) -> Ticket:
-        self._decode.send(
-            Reserve(
-                request_id,
-                query.kv_cache_dtype,
-                len(query.prompt_ids),
-                query.max_new_tokens,
-                query.sampling,
-                query.forced_ids,
-                query.return_logits,
-            )
-        )
-        while True:
-            reply = self._decode.recv(max(deadline_s - time.monotonic(), 0.0))
-            if isinstance(reply, Failed) and reply.request_id == request_id:
-                raise reply.to_error()
-            if isinstance(reply, Ticket) and reply.request_id == request_id:
-                return reply
-
-    def _order(self, request_id: str, query: Query, ticket: Ticket) -> Prefill:
-        address = self._decode_address
-        return Prefill(
-            request_id,
-            query.kv_cache_dtype,
-            query.prompt_ids,
-            ticket.epoch,
-            address.endpoint,
-            address.key,
-            query.sampling,
-        )
-
-    def _advance(
-        self, request_id: str, answer: Answer, on_layer: Callable[[int], None], on_token: Callable[[int], None]
-    ) -> None:
-        """Take in what both instances said."""
-        # While the prompt computes, both connections matter; a short wait on one of them keeps both timely. Once the
-        # KV was delivered, the prefill instance may go.
-        computing = answer.prefill is None
-        messages = self._decode.poll(0.002 if computing else 0.2)
-        for message in [*messages, *(self._prefill.poll(0.0) if computing else [])]:
-            if isinstance(message, Receipt) and message.reason:
-                raise TransferError(f"expected our messages to be accepted, found: {message.detail}")
-            if getattr(message, "request_id", None) != request_id:
-                continue  # an accepted message's receipt, or the tail of a request that failed before
-            match message:
-                case Failed():
-                    raise message.to_error()
-                case Progress():
-                    on_layer(message.num_layers)
-                case PrefillDone():
-                    answer.prefill = message
-                case Token():
-                    answer.arrived_s.append(time.monotonic())
-                    answer.tokens.append(message.token)
-                    logits = message.logits
-                    answer.logits.append(None if logits is None else np.frombuffer(logits, np.float32))
-                    on_token(message.token)
-                case Done():
-                    answer.decode, answer.kv_bytes = message.times, message.kv_bytes
-
-    def _cancel(self, request_id: str) -> None:
-        for peer in (self._decode, self._prefill):
-            try:
-                peer.send(Cancel(request_id))
-            except HomkvError:
-                continue  # that side is gone: its leases free what it held, and the first error is the one to report
+    def _next(
+        self, events: "queue.SimpleQueue[Progress | Token | Ended]", deadline_s: float, timeout_s: float
+    ) -> Progress | Token | Ended:
+        try:
+            return events.get(timeout=max(deadline_s - time.monotonic(), 0.0))
+        except queue.Empty as error:
+            raise LinkError(
+                "timeout", f"expected an answer within {timeout_s} s, found none; is an instance overloaded?"
+            ) from error
 
     def close(self) -> None:
         """Close both connections."""
-        try:
-            self._decode.close()
-        finally:
-            self._prefill.close()
+        self._dispatcher.close()
 
     def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _take(answer: Answer, token: Token) -> None:
+    answer.arrived_s.append(time.monotonic())
+    answer.tokens.append(token.choice.token)
+    answer.logits.append(None if token.logits is None else np.frombuffer(token.logits, np.float32))
+
+
+def _finished(answer: Answer, ended: Ended) -> Answer:
+    """The whole answer, or the error that ended it."""
+    if ended.error is not None:
+        raise ended.error
+    answer.prefill = ended.prefill
+    if ended.decode is not None:
+        answer.decode, answer.kv_bytes = ended.decode.times, ended.decode.kv_bytes
+    return answer

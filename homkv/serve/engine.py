@@ -1,32 +1,28 @@
 """What a decode instance computes with: one engine per format, all with the same few verbs."""
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from homkv.attention.api import computes_quantized_prefill
-from homkv.blocks import BlockPool
 from homkv.cache import PagedCache
-from homkv.errors import CapacityError, FormatError, HomkvError, UnsupportedError
+from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
-from homkv.formats.exact import ExactCodec
-from homkv.hf import Attachment, KVCache
+from homkv.hf import KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
 from homkv.rope import RopeSpec
 from homkv.seal import LayerContent
-from homkv.serve.messages import Sampling
+from homkv.serve.convert import EXACT_DTYPE
+from homkv.serve.prefix import PrefixIndex
 from homkv.transport.assemble import SequencePlan
 from homkv.transport.wire import Expectation
 
-EXACT_DTYPE = torch.float16  # of sinks and window on the wire and in the cache
 
-
-def expectation(loaded: LoadedModel, codec: PageCodec, exact_dtype: torch.dtype = EXACT_DTYPE) -> Expectation:
-    """What prefill and decode must agree on for this model and format."""
+def expectation(loaded: LoadedModel, codec: PageCodec, source: str = "fp16") -> Expectation:
+    """What prefill and decode must agree on for this model, format and source."""
     return Expectation(
         format=codec.name,
         layout_id=codec.layout_id,
@@ -35,57 +31,73 @@ def expectation(loaded: LoadedModel, codec: PageCodec, exact_dtype: torch.dtype 
         num_kv_heads=loaded.num_kv_heads,
         head_dim=loaded.head_dim,
         page_bytes=codec.page_bytes,
-        exact_dtype=str(exact_dtype).removeprefix("torch."),  # type: ignore[arg-type]  # the wire checks the name
+        exact_dtype=str(EXACT_DTYPE).removeprefix("torch."),  # type: ignore[arg-type]  # the wire checks the name
+        source=source,
     )
 
 
-def plan_sequence(loaded: LoadedModel, codec: PageCodec, request_id: str, epoch: int, num_tokens: int) -> SequencePlan:
+def plan_sequence(
+    loaded: LoadedModel,
+    codec: PageCodec,
+    request_id: str,
+    epoch: int,
+    num_tokens: int,
+    *,
+    source: str = "fp16",
+    first_page: int = 0,
+) -> SequencePlan:
     """What crosses the wire for a prompt; both sides compute it alike."""
     return SequencePlan(
-        expect=expectation(loaded, codec),
+        expect=expectation(loaded, codec, source),
         sequence=request_id,
         epoch=epoch,
         num_tokens=num_tokens,
         num_pages=codec.num_pages(num_tokens),
         num_exact=codec.num_exact(num_tokens),
+        first_page=first_page,
     )
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose a token from ``logits [V]``: greedy at temperature 0, else nucleus sampling.
-
-    Raises FormatError if the logits hold NaN or infinity: every token chosen from them would be noise.
-    """
-    highest = logits.double().max()
-    if not bool(torch.isfinite(highest)):  # max() passes NaN on; -inf elsewhere masks a token
-        raise FormatError(
-            f"expected finite logits, found {float(highest)} among them; the model overflowed: load it in another dtype"
-        )
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    # The highest becomes 0 before the division, so that no temperature overflows.
-    p, order = torch.softmax((logits.double() - highest) / sampling.temperature, -1).sort(descending=True)
-    p[p.cumsum(-1) - p >= sampling.top_p] = 0  # the first token always stays
-    return int(order[torch.multinomial(p, 1, generator=generator)])
-
-
 class Engine(ABC):
-    """Sequences of one format. ``seq`` is a handle from :meth:`reserve`, good until :meth:`free`."""
+    """Sequences of one format. ``seq`` is a handle from :meth:`reserve`, good until :meth:`free`.
+
+    Steps run inside ``homkv.generate.loop.attention_of(model)``.
+    """
+
+    num_blocks: int  # of the pool
 
     def __init__(self, loaded: LoadedModel, codec: PageCodec) -> None:
         self.loaded, self.codec = loaded, codec
+        self.prefixes: PrefixIndex[int] = PrefixIndex()  # page key -> block that is kept
+        self.num_damaged = 0  # kept pages whose digest had changed
 
-    def attention(self) -> AbstractContextManager[object]:
-        """The context that steps must run in; entering it once for many steps is enough."""
-        return nullcontext()
+    def require(self, num_tokens: int) -> None:
+        """Raise CapacityError if a sequence of this length would never fit, however long it waits."""
+        needed = self.blocks_for(num_tokens)
+        if needed > self.num_blocks:
+            raise CapacityError(
+                f"expected a request of at most {self.num_blocks} page blocks, found {needed} for {num_tokens} tokens; "
+                "shorten it or start the decode instance with more --max-tokens"
+            )
 
     @abstractmethod
-    def reserve(self, num_tokens: int) -> int:
-        """Set aside room for a sequence, or raise CapacityError with nothing changed."""
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a sequence of this length takes."""
 
     @abstractmethod
-    def load(self, seq: int, layer: int, content: LayerContent) -> None:
-        """Store one verified layer."""
+    def reserve(self, num_tokens: int, keys: Sequence[bytes] = ()) -> tuple[int, int]:
+        """Set aside room for a sequence whose first pages have ``keys``: its handle, and how many of them are here.
+
+        Raises CapacityError with nothing changed.
+        """
+
+    @abstractmethod
+    def load(self, seq: int, layer: int, content: LayerContent, first_page: int = 0) -> None:
+        """Store one verified layer, whose pages before ``first_page`` are shared."""
+
+    @abstractmethod
+    def publish(self, seq: int, keys: Sequence[bytes]) -> None:
+        """All layers of the prompt are there: let others share its first pages under these keys."""
 
     @abstractmethod
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
@@ -102,7 +114,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Blocks of pages that no sequence holds or has reserved."""
+        """Blocks that a new sequence can have: not held and not reserved."""
 
     @abstractmethod
     def check(self) -> None:
@@ -110,30 +122,61 @@ class Engine(ABC):
 
 
 class PagedEngine(Engine):
-    """Decodes on the pages."""
+    """Decodes on the pages. Prompts share pages by reference; pages that nobody needs are kept until room is short."""
 
     def __init__(self, loaded: LoadedModel, codec: PageCodec, max_tokens: int, max_sequences: int) -> None:
         super().__init__(loaded, codec)
+        self.num_blocks = codec.num_pages(max_tokens) + 1
         self.cache = PagedCache(
             codec,
             num_layers=loaded.num_layers,
             num_kv_heads=loaded.num_kv_heads,
-            num_blocks=codec.num_pages(max_tokens) + 1,
+            num_blocks=self.num_blocks,
             max_sequences=max_sequences,
             exact_dtype=EXACT_DTYPE,
         )
 
-    def attention(self) -> AbstractContextManager[object]:
-        """See Engine.attention."""
-        return Attachment(self.loaded.model, self.codec, {})
+    def blocks_for(self, num_tokens: int) -> int:
+        """See Engine.blocks_for."""
+        return self.codec.num_pages(num_tokens)
 
-    def reserve(self, num_tokens: int) -> int:
-        """See Engine.reserve."""
-        return self.cache.new_sequence(num_tokens)
+    def reserve(self, num_tokens: int, keys: Sequence[bytes] = ()) -> tuple[int, int]:
+        """See Engine.reserve. A kept page is shared only if its digest is still what it was; else it is forgotten."""
+        blocks = self.prefixes.match(keys)
+        self.cache.keep(blocks)  # not to be evicted below
+        try:
+            self._make_room(self.blocks_for(num_tokens) - len(blocks))
+            seq = self.cache.new_sequence(num_tokens, blocks)
+        finally:
+            self.cache.drop(blocks)
+        damaged = self.cache.changed_blocks(blocks)
+        if damaged:
+            self.num_damaged += len(damaged)
+            self.cache.free(seq)
+            self.cache.drop(list(self.prefixes.evict(lambda block: block in damaged)))
+            return self.reserve(num_tokens, keys)
+        self.prefixes.count(len(keys), len(blocks))
+        return seq, len(blocks)
 
-    def load(self, seq: int, layer: int, content: LayerContent) -> None:
+    def _make_room(self, num_blocks: int) -> None:
+        """Evict kept pages that no sequence uses, oldest first, until so many blocks are free or none is left."""
+        if self.cache.num_free_blocks >= num_blocks:
+            return
+        for block in self.prefixes.evict(self.cache.is_only_kept):
+            self.cache.drop([block])
+            if self.cache.num_free_blocks >= num_blocks:
+                return
+
+    def load(self, seq: int, layer: int, content: LayerContent, first_page: int = 0) -> None:
         """See Engine.load."""
-        self.cache.load_layer(layer, seq, content)
+        self.cache.load_layer(layer, seq, content, first_page)
+
+    def publish(self, seq: int, keys: Sequence[bytes]) -> None:
+        """See Engine.publish."""
+        for key, block in zip(keys, self.cache.blocks(seq), strict=False):  # the answer's blocks have no keys
+            if key not in self.prefixes:
+                self.cache.keep([block])
+                self.prefixes.add(key, block)
 
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
         """See Engine.step. Sequences of unequal length share one pass."""
@@ -152,74 +195,15 @@ class PagedEngine(Engine):
 
     @property
     def num_free_blocks(self) -> int:
-        """See Engine.num_free_blocks."""
-        return self.cache.num_free_blocks
+        """See Engine.num_free_blocks. Kept pages give way, so those that only the index holds count as free."""
+        return self.cache.num_free_blocks + sum(map(self.cache.is_only_kept, self.prefixes.values()))
 
     def check(self) -> None:
         """See Engine.check."""
         self.cache.check()
-
-
-class ExactEngine(Engine):
-    """The baseline: KV arrives in 16 bits and is attended to by the model's own attention."""
-
-    def __init__(self, loaded: LoadedModel, codec: ExactCodec, max_tokens: int, max_sequences: int) -> None:
-        super().__init__(loaded, codec)
-        self._max_sequences = max_sequences
-        self._pool = BlockPool(codec.num_pages(max_tokens) + 1)
-        self._blocks: dict[int, list[int]] = {}
-        self._caches: dict[int, DynamicCache] = {}
-        self._next = 0
-
-    def reserve(self, num_tokens: int) -> int:
-        """See Engine.reserve."""
-        if len(self._caches) == self._max_sequences:
-            raise CapacityError(
-                f"expected a free sequence slot, found all {self._max_sequences} taken; try again when one is done"
-            )
-        blocks = self._pool.allocate(self.codec.num_pages(num_tokens) + 1)
-        self._next += 1
-        self._blocks[self._next], self._caches[self._next] = blocks, DynamicCache(config=self.loaded.model.config)
-        return self._next
-
-    def load(self, seq: int, layer: int, content: LayerContent) -> None:
-        """See Engine.load."""
-        dtype = self.loaded.model.dtype
-        k, v = self.codec.dense(content.pages.transpose(0, 1), dtype)
-        k, v = torch.cat((k, content.exact_k.to(dtype)), 1), torch.cat((v, content.exact_v.to(dtype)), 1)
-        self._caches[seq].update(k[None], v[None], layer)
-
-    def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
-        """See Engine.step. One pass per sequence: transformers' own caches do not share one."""
-        rows = [
-            last_logits(self.loaded.model, torch.tensor([[t]]), self._caches[s])
-            for s, t in zip(seqs, tokens, strict=True)
-        ]
-        return torch.cat(rows)
-
-    def free(self, seq: int) -> None:
-        """See Engine.free."""
-        self._pool.release(self._blocks.pop(seq))
-        del self._caches[seq]
-
-    def kv_bytes(self, seq: int) -> int:
-        """Bytes in 16 bits, whatever the model computes in."""
-        return (
-            self.codec.kv_bytes(self._caches[seq].get_seq_length())
-            * self.loaded.num_kv_heads
-            * len(self._caches[seq].layers)
-        )
-
-    @property
-    def num_free_blocks(self) -> int:
-        """See Engine.num_free_blocks."""
-        return self._pool.num_free
-
-    def check(self) -> None:
-        """See Engine.check."""
-        if self._blocks.keys() != self._caches.keys():
-            raise HomkvError(f"expected blocks for {sorted(self._caches)}, found them for {sorted(self._blocks)}")
-        self._pool.check(list(self._blocks.values()))
+        damaged = self.cache.changed_blocks(self.prefixes.values())
+        if damaged:
+            raise HomkvError(f"expected kept pages as they were stored, found blocks {sorted(damaged)} changed")
 
 
 def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = None) -> PageCodec:
@@ -231,11 +215,3 @@ def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = No
     if computes_quantized_prefill(codec):
         raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
     return codec
-
-
-def make_engine(loaded: LoadedModel, kv_cache_dtype: str, max_tokens: int, max_sequences: int) -> Engine:
-    """Build the engine of a format. Raises FormatError, or UnsupportedError for a head_dim not covered."""
-    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
-    if isinstance(codec, ExactCodec):
-        return ExactEngine(loaded, codec, max_tokens, max_sequences)
-    return PagedEngine(loaded, codec, max_tokens, max_sequences)

@@ -1,12 +1,12 @@
-"""What client, prefill instance and decode instance say to each other. KV itself travels as frames.
+"""What the dispatcher, prefill instances and decode instances say to each other. KV itself travels as frames.
 
-client  -> decode   Reserve            decode -> client   Ticket | Failed
-client  -> prefill  Prefill            prefill -> client  Progress … PrefillDone | Failed
-prefill -> decode   KV frames, Finish  decode -> client   Token … Done | Failed
-client  -> both     Cancel
+dispatcher -> decode   Reserve, Renew     decode -> dispatcher   Ticket | Failed
+dispatcher -> prefill  Prefill            prefill -> dispatcher  Progress … PrefillDone | Failed
+prefill    -> decode   KV frames, Finish  decode -> dispatcher   Token … Done | Failed
+dispatcher -> both     Cancel, AskStatus  both -> dispatcher     Status
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -17,6 +17,7 @@ RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 NumBytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Ids = list[Count]
+MAX_LOGPROBS = 20
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -24,31 +25,50 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the next token is chosen. Temperature 0 is greedy."""
+    """How the next token is chosen. Temperature 0 is greedy. The draw of token i depends on ``seed`` and i alone."""
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0  # the cap refuses infinity
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: Count = 0
+    num_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: not even the chosen one's
+
+
+class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A chosen token. ``logprob``: natural log of its probability at temperature 1; ``top``: the likeliest tokens."""
+
+    token: Count
+    logprob: float | None = None
+    top: list[tuple[Count, float]] = []
 
 
 class Reserve(_Message, frozen=True):
-    """Ask the decode instance for room."""
+    """Ask the decode instance for room. The Ticket comes when there is some."""
 
     request_id: RequestId
     kv_cache_dtype: str
-    num_prompt_tokens: Count
+    prompt_ids: Ids
     max_new_tokens: Count
     sampling: Sampling = Sampling()
+    source: str = "fp16"  # format in which the prefill instance keeps KV
+    first_index: Count = 0  # of the first new token: above 0 where an earlier attempt had begun
+    ignore_eos: bool = False
     forced_ids: Ids | None = None  # feed these instead of the sampled tokens: to compare models on one text
     return_logits: bool = False
 
 
 class Ticket(_Message, frozen=True):
-    """Room is reserved. KV must carry this epoch, and each layer must come within ``lease_s`` of the one before."""
+    """Room is reserved. KV must carry this epoch, and signs of life come within ``lease_s`` of each other."""
 
     request_id: RequestId
     epoch: int
     lease_s: float
+    first_page: Count = 0  # leading pages that are here already and must not be sent
+
+
+class Renew(_Message, frozen=True):
+    """These reservations are still wanted."""
+
+    request_ids: list[RequestId]
 
 
 class Prefill(_Message, frozen=True):
@@ -61,10 +81,14 @@ class Prefill(_Message, frozen=True):
     decode_endpoint: str
     decode_key: str | None
     sampling: Sampling = Sampling()
+    source: str = "fp16"
+    first_page: Count = 0
+    first_index: Count = 0
+    report_progress: bool = False
 
 
 class Progress(_Message, frozen=True):
-    """Layers of a prompt computed so far."""
+    """Part of a prompt is computed: ``num_layers`` of all its chunks."""
 
     request_id: RequestId
     num_layers: Count
@@ -87,9 +111,11 @@ class PrefillDone(_Message, frozen=True):
     """The prompt's KV was delivered and accepted."""
 
     request_id: RequestId
-    raw_bytes: NumBytes  # the same KV in 16 bits
+    raw_bytes: NumBytes  # the KV of the sent pages and exact tokens in 16 bits
     wire_bytes: NumBytes  # frames, heads included
     times: PrefillTimes
+    num_cached_tokens: Count = 0  # restored from kept pages instead of computed
+    reconstruction_error: float | None = None  # |x - dense(x)| / |x| of a sampled layer's keys and values
 
 
 class Finish(_Message, frozen=True):
@@ -97,7 +123,7 @@ class Finish(_Message, frozen=True):
 
     request_id: RequestId
     epoch: int
-    first_token: Count
+    choice: Choice
 
 
 class Token(_Message, frozen=True):
@@ -105,7 +131,7 @@ class Token(_Message, frozen=True):
 
     request_id: RequestId
     index: Count
-    token: Count
+    choice: Choice
     logits: bytes | None = None
 
 
@@ -117,12 +143,16 @@ class DecodeTimes(msgspec.Struct, frozen=True):
     done_s: float
 
 
+FinishReason = Literal["stop", "length"]
+
+
 class Done(_Message, frozen=True):
     """The request is complete and its pages are freed."""
 
     request_id: RequestId
     kv_bytes: NumBytes  # held at the end
     times: DecodeTimes
+    reason: FinishReason = "length"
 
 
 class Cancel(_Message, frozen=True):
@@ -152,7 +182,26 @@ class Failed(_Message, frozen=True):
         return kind(self.detail)
 
 
-ToDecode: Any = Reserve | Finish | Cancel
-ToPrefill: Any = Prefill | Cancel
-FromDecode: Any = Ticket | Token | Done | Failed
-FromPrefill: Any = Progress | PrefillDone | Failed
+class AskStatus(_Message, frozen=True):
+    """How are you?"""
+
+    number: Count
+
+
+class Status(_Message, frozen=True):
+    """An instance's state. ``counters`` only grow, ``gauges`` are of now; both are named in docs/serving.md."""
+
+    number: Count
+    role: Literal["prefill", "decode"]
+    incarnation: str  # of the process: another one after a restart
+    now_s: float  # of the host's monotonic clock
+    model: str  # fingerprint
+    formats: list[str]  # prefill: the source format; decode: what it holds
+    counters: dict[str, float]
+    gauges: dict[str, float]
+
+
+ToDecode: Any = Reserve | Renew | Finish | Cancel | AskStatus
+ToPrefill: Any = Prefill | Cancel | AskStatus
+FromDecode: Any = Ticket | Token | Done | Failed | Status
+FromPrefill: Any = Progress | PrefillDone | Failed | Status

@@ -1,131 +1,56 @@
-"""The prefill instance: computes prompts exactly and sends each layer's pages while the next layer computes."""
+"""The prefill instance: computes prompts chunk by chunk, in turns, sending a layer's pages while the next computes."""
 
-import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any, Self
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from homkv.errors import HomkvError, ShapeError, TransferError
+from homkv.errors import HomkvError, ShapeError, TransferError, UnsupportedError
 from homkv.formats import PageCodec
+from homkv.formats.exact import EXACT_DTYPES
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
-from homkv.seal import LayerContent, pack_layer
-from homkv.serve.engine import EXACT_DTYPE, plan_sequence, sample, serving_codec
-from homkv.serve.messages import Cancel, Failed, Finish, Prefill, PrefillDone, PrefillTimes, Progress, ToPrefill
-from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions
+from homkv.serve.choose import choose
+from homkv.serve.engine import plan_sequence, serving_codec
+from homkv.serve.kept import KeptPrefixes
+from homkv.serve.logs import get_logger
+from homkv.serve.messages import (
+    AskStatus,
+    Cancel,
+    Choice,
+    Failed,
+    Finish,
+    Prefill,
+    PrefillDone,
+    PrefillTimes,
+    Progress,
+    ToPrefill,
+)
+from homkv.serve.pipe import LayerPipe
+from homkv.serve.prompt import PromptJob
+from homkv.serve.status import StatusBoard
+from homkv.serve.turns import Turns
+from homkv.transport.endpoint import DEFAULTS, LinkOptions
 from homkv.transport.keys import Security
 from homkv.transport.link import Event, Listener, Message, PeerLost
 from homkv.transport.sender import FrameSender, FrameTiming
 from homkv.transport.shaper import LinkShaper
 
-log = logging.getLogger(__name__)
-FINISH_TIMEOUT_S = 600.0  # for the last byte on a slow link; a stuck peer is noticed by the link's own limits
-CHECK_S = 0.1  # between looks at the listener while the link is busy
-
-
-class StreamingCache(DynamicCache):  # type: ignore[misc]  # transformers is untyped
-    """transformers' own cache that also hands each layer's new keys and values on."""
-
-    def __init__(self, config: Any, on_layer: Callable[[int, Tensor, Tensor], None]) -> None:
-        super().__init__(config=config)
-        self._on_layer = on_layer
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store, hand on, return what attention needs."""
-        stored: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._on_layer(layer_idx, key_states, value_states)
-        return stored
-
-
-@dataclass
-class LayerPipe:
-    """Packs layers in the background and hands them to the sender, in order. Owns the sender: closes it first."""
-
-    codec: PageCodec
-    sender: FrameSender
-    _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="pack"))
-    _jobs: "list[Future[LayerContent]]" = field(default_factory=list)
-    busy_s: float = 0.0
-    packed_s: float = 0.0
-
-    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Pack and send one layer ``k v [G, T, D]``; returns at once. Raises what an earlier layer failed with."""
-        for job in self._jobs:
-            if job.done():
-                job.result()
-        self._jobs.append(self._worker.submit(self._pack, layer, k, v))
-
-    def _pack(self, layer: int, k: Tensor, v: Tensor) -> LayerContent:
-        start_s = time.monotonic()
-        content = pack_layer(self.codec, k, v, EXACT_DTYPE)
-        content = LayerContent(
-            content.num_tokens, content.pages, content.exact_k.contiguous(), content.exact_v.contiguous()
-        )
-        self.packed_s = time.monotonic()
-        self.busy_s += self.packed_s - start_s
-        exact = [x.view(torch.uint8).numpy().data for x in (content.exact_k, content.exact_v)]
-        self.sender.send(layer, exact, content.pages.numpy().data)
-        return content  # kept by the future: the sender's buffers must live until it is done
-
-    def finish(self, last: Finish, check: Callable[[], None]) -> tuple[FrameTiming, ...]:
-        """Wait until every layer was packed, sent and used; returns the frames' times.
-
-        ``check`` is called all the while and may raise. Raises what packing or sending raised.
-        """
-        while wait(self._jobs, CHECK_S, FIRST_EXCEPTION).not_done:
-            check()
-            for job in self._jobs:
-                if job.done():
-                    job.result()
-        for job in self._jobs:
-            job.result()
-        self.sender.post(last)
-        deadline_s, before = time.monotonic() + FINISH_TIMEOUT_S, None
-        while True:
-            check()
-            try:
-                return self.sender.finish(CHECK_S)
-            except LinkError as error:
-                # That our short wait is over is a new error each time; what the sender failed with is always the same.
-                if error.reason != "timeout" or error is before or time.monotonic() > deadline_s:
-                    raise
-                before = error
-
-    def close(self) -> None:
-        """Drop layers that have not left. A layer that waits for room in the sender's queue is dropped as well."""
-        try:
-            self.sender.close()
-        finally:
-            self._worker.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A prompt and who wants it."""
-
-    client: bytes
-    ask: Prefill
-    received_s: float
+log = get_logger(__name__)
+SEND_TIMEOUT_S = 600.0  # for the last byte on a slow link; a stuck peer is noticed by the link's own limits
+SENDING_IDLE_S = 0.005  # between looks at transfers while nothing computes
+PROBE_EVERY = 16  # prompts of which one has a layer's reconstruction error measured
 
 
 class PrefillInstance:
-    """Computes one prompt at a time and sends its KV to the decode instance that the request names."""
+    """Computes prompts and sends their KV to the decode instances that the requests name.
+
+    ``source``: format in which prompts are kept here and from which the wire's format is made. ``chunk_tokens``: of one
+    turn. ``prefix_bytes``: for pages of finished prompts.
+    """
 
     def __init__(
         self,
@@ -133,53 +58,81 @@ class PrefillInstance:
         endpoint: str,
         security: Security,
         *,
+        source: str = "fp16",
+        chunk_tokens: int = 512,
+        prefix_bytes: int = 256 << 20,
         link_gbps: float | None = None,
         options: LinkOptions = DEFAULTS,
     ) -> None:
         self.loaded, self._security, self._options = loaded, security, options
-        self.listener = Listener(endpoint, ToPrefill, security, options)
-        self._shaper = LinkShaper(link_gbps)
-        self._waiting: deque[_Job] = deque()
-        self._current: _Job | None = None
-        self._unwanted = False  # the current job's client cancelled it or left
         self._codecs: dict[str, PageCodec] = {}
+        self.source, self.chunk_tokens = self._codec(source), chunk_tokens
+        root = f"{loaded.fingerprint}/{self.source.layout_id}"
+        self.prefixes = KeptPrefixes(self.source, root, prefix_bytes)
+        self.listener = Listener(endpoint, ToPrefill, security, options)
+        self.status = StatusBoard("prefill", loaded.fingerprint, [self.source.name])
+        self.is_draining = False
+        self._shaper = LinkShaper(link_gbps)
+        self._turns: Turns[PromptJob] = Turns()
+        self._sending: list[PromptJob] = []
+        self._closer = ThreadPoolExecutor(4, thread_name_prefix="close")  # closing may wait for a dead peer
+        self._num_begun = 0
+        self._current: PromptJob | None = None  # in the middle of a chunk
 
     @property
     def num_requests(self) -> int:
-        """Prompts that wait or are being computed."""
-        return len(self._waiting) + (self._current is not None)
+        """Prompts that wait, are being computed or are on their way."""
+        return len(self._turns) + len(self._sending)
 
     def close(self) -> None:
-        """Fail what waits and close the listener."""
+        """Fail what has not been delivered and close the listener."""
         error = TransferError("expected to compute the prompt, found the prefill instance stopping; ask another one")
         try:
-            while self._waiting:
-                self._reply(self._waiting.popleft(), error)
+            for job in [*self._turns, *self._sending]:
+                self._end(job, Failed.of(job.ask.request_id, error))
             self.listener.poll(0.0)  # sends what is queued
         finally:
+            self._closer.shutdown()
             self.listener.close()
 
-    def run(self, stop: threading.Event) -> None:
-        """Serve until ``stop`` is set."""
+    def run(self, stop: threading.Event, drain_s: float = 0.0) -> None:
+        """Serve until ``stop`` is set; then take nothing new, and go on for up to ``drain_s`` with what is left."""
         while not stop.is_set():
+            self.turn()
+        self.is_draining, deadline_s = True, time.monotonic() + drain_s
+        while self.num_requests and time.monotonic() < deadline_s:
             self.turn()
 
     def turn(self, idle_s: float = 0.2) -> None:
-        """Handle what arrived and compute one waiting prompt."""
-        self._listen(0.0 if self._waiting else idle_s)
-        if not self._waiting:
-            return
-        self._current, self._unwanted = self._waiting.popleft(), False
-        try:
-            self.listener.send(self._current.client, self._prefill(self._current))
-        except HomkvError as error:
-            self._reply(self._current, error)
-        finally:
-            self._current = None
+        """Handle what arrived, look at transfers, compute one chunk."""
+        self._listen(0.0 if len(self._turns) else SENDING_IDLE_S if self._sending else idle_s)
+        for job in list(self._sending):
+            self._guarded(job, self._deliver)
+        chosen = self._turns.next()
+        if chosen is not None:
+            self._guarded(chosen, self._compute_chunk)
 
-    def _reply(self, job: _Job, error: HomkvError) -> None:
-        log.warning("failed %r: %s", job.ask.request_id, error)
-        self.listener.send(job.client, Failed.of(job.ask.request_id, error))
+    def _guarded(self, job: PromptJob, work: Callable[[PromptJob], None]) -> None:
+        """Do something for a job; an error ends the job and nothing else."""
+        try:
+            work(job)
+        except HomkvError as error:
+            log.warning("failed", request_id=job.ask.request_id, error=type(error).__name__, detail=str(error))
+            self.status.counters[f"failed.{type(error).__name__}"] += 1
+            self._end(job, Failed.of(job.ask.request_id, error))
+
+    def _end(self, job: PromptJob, last: Failed | PrefillDone) -> None:
+        """Forget a job and say how it ended; the only place that does."""
+        if job in self._sending:
+            self._sending.remove(job)
+        else:
+            self._turns.remove(job)
+        if job.pipe is not None:
+            self._closer.submit(job.pipe.close)
+        job.cache = None
+        self.listener.send(job.client, last)
+
+    # -- arriving ----------------------------------------------------------------------------------------------
 
     def _listen(self, timeout_s: float) -> None:
         for event in self.listener.poll(timeout_s):
@@ -189,33 +142,45 @@ class PrefillInstance:
         if isinstance(event, PeerLost):
             self._drop(event.peer, None)
         elif isinstance(event, Message) and isinstance(event.body, Prefill):
-            self._waiting.append(_Job(event.peer, event.body, time.monotonic()))
+            self._accept(PromptJob(event.peer, event.body, time.monotonic()))
         elif isinstance(event, Message) and isinstance(event.body, Cancel):
             self._drop(event.peer, event.body.request_id)
+        elif isinstance(event, Message) and isinstance(event.body, AskStatus):
+            report = self.status.report(event.body.number, self.listener.refused, self._gauges())
+            self.listener.send(event.peer, report)
 
-    def _drop(self, client: bytes, request_id: str | None) -> None:
-        """Forget one request of a client, or all of them: no more is computed for it."""
+    def _gauges(self) -> dict[str, float]:
+        return {
+            "requests_waiting": sum(job.cache is None for job in self._turns),
+            "requests_computing": sum(job.cache is not None for job in self._turns),
+            "requests_sending": len(self._sending),
+            "prompt_tokens_left": sum(len(job.ask.prompt_ids) - job.num_computed for job in self._turns),
+            "prefix_pages_asked": self.prefixes.index.num_asked,
+            "prefix_pages_found": self.prefixes.index.num_found,
+            "prefix_pages_held": len(self.prefixes.index),
+            "prefix_bytes": self.prefixes.num_bytes,
+        }
 
-        def matches(job: _Job) -> bool:
-            return job.client == client and request_id in (None, job.ask.request_id)
+    def _accept(self, job: PromptJob) -> None:
+        try:
+            self._check(job.ask)
+        except HomkvError as error:
+            self.listener.send(job.client, Failed.of(job.ask.request_id, error))
+            return
+        self._turns.add(job, -(-len(job.ask.prompt_ids) // self.chunk_tokens))
 
-        for job in [job for job in self._waiting if matches(job)]:
-            self._waiting.remove(job)
-            self._reply(job, _unwanted(job))
-        if self._current is not None and matches(self._current):
-            self._unwanted = True
-
-    def _check_wanted(self, job: _Job) -> None:
-        """Listen, and raise TransferError if the client of the current job cancelled it or left."""
-        self._listen(0.0)
-        if self._unwanted:
-            raise _unwanted(job)
-
-    def _check_prompt(self, ask: Prefill) -> None:
-        vocabulary = self.loaded.vocab_size
-        if not 0 < len(ask.prompt_ids) <= self.loaded.context_length:
+    def _check(self, ask: Prefill) -> None:
+        vocabulary, context = self.loaded.vocab_size, self.loaded.context_length
+        if self.is_draining:
+            raise TransferError("expected to take a prompt, found the prefill instance stopping; ask another one")
+        if ask.source != self.source.name:
+            raise UnsupportedError(
+                f"expected source {self.source.name!r}, in which this prefill instance keeps KV, found {ask.source!r}; "
+                "ask an instance that keeps it so"
+            )
+        if not 0 < len(ask.prompt_ids) <= context:
             raise ShapeError(
-                f"expected 1 to {self.loaded.context_length} prompt tokens, found {len(ask.prompt_ids)}; "
+                f"expected 1 to {context} prompt tokens, found {len(ask.prompt_ids)}; "
                 "send a shorter prompt, but not an empty one"
             )
         if max(ask.prompt_ids) >= vocabulary:
@@ -223,62 +188,113 @@ class PrefillInstance:
                 f"expected token ids below the vocabulary's {vocabulary}, found {max(ask.prompt_ids)}; was the prompt "
                 "tokenized for another model?"
             )
+        self._codec(ask.kv_cache_dtype)
+
+    def _drop(self, client: bytes, request_id: str | None) -> None:
+        """Forget one request of a client, or all of them. A chunk that is being computed notices between layers."""
+        for job in [*self._turns, *self._sending]:
+            if job.client == client and request_id in (None, job.ask.request_id):
+                job.is_unwanted = True
+                if job is not self._current:
+                    self._guarded(job, PromptJob.check_wanted)
 
     def _codec(self, name: str) -> PageCodec:
         if name not in self._codecs:
             self._codecs[name] = serving_codec(name, self.loaded.head_dim, self.loaded.rope)
         return self._codecs[name]
 
-    def _prefill(self, job: _Job) -> PrefillDone:
-        """Compute, pack, send, and wait until the decode instance has verified everything."""
-        start_s, ask = time.monotonic(), job.ask
-        self._check_prompt(ask)
-        codec = self._codec(ask.kv_cache_dtype)
-        sender = FrameSender(
-            ask.decode_endpoint,
-            plan_sequence(self.loaded, codec, ask.request_id, ask.epoch, len(ask.prompt_ids)),
-            self._security,
-            ask.decode_key,
-            shaper=self._shaper,
-            options=self._options,
+    # -- computing ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _compute_chunk(self, job: PromptJob) -> None:
+        """Run the model over a prompt's next chunk; the last one feeds the pipe layer by layer."""
+        if job.cache is None:
+            kept = self.prefixes.match(job.ask.prompt_ids)
+            job.open(self.loaded.model.config, self.source, kept, self.loaded.model.dtype)
+        assert job.cache is not None
+        chunk = job.ask.prompt_ids[job.num_computed : job.num_computed + self.chunk_tokens]
+        is_last = job.num_computed + len(chunk) == len(job.ask.prompt_ids)
+        if is_last:
+            job.pipe = self._open_pipe(job)
+        job.cache.on_layer = lambda layer, k, v: self._on_layer(job, layer, k, v)
+        self._current = job
+        try:
+            logits = last_logits(self.loaded.model, torch.tensor([chunk]), job.cache, logits_to_keep=1)[0]
+        finally:
+            self._current = None
+        job.num_computed += len(chunk)
+        self.status.counters["prompt_tokens"] += len(chunk)
+        if is_last:
+            choice = choose(logits, job.ask.sampling, job.ask.first_index)
+            self._send(job, choice)
+
+    def _on_layer(self, job: PromptJob, layer: int, k: Tensor, v: Tensor) -> None:
+        if job.pipe is not None:
+            job.pipe.put(layer, k[0], v[0])
+        job.num_layers += 1
+        if job.ask.report_progress:
+            self.listener.send(job.client, Progress(job.ask.request_id, job.num_layers))
+        self._listen(0.0)
+        job.check_wanted()
+
+    def _open_pipe(self, job: PromptJob) -> LayerPipe:
+        ask, target = job.ask, self._codec(job.ask.kv_cache_dtype)
+        plan = plan_sequence(
+            self.loaded,
+            target,
+            ask.request_id,
+            ask.epoch,
+            len(ask.prompt_ids),
+            source=self.source.name,
+            first_page=ask.first_page,
         )
-        with LayerPipe(codec, sender) as pipe:
-            first_token = self._compute(job, pipe)
-            computed_s = time.monotonic()
-            frames = pipe.finish(Finish(ask.request_id, ask.epoch, first_token), lambda: self._check_wanted(job))
-        wire_bytes = sum(f.num_bytes for f in frames)
+        if not 0 <= ask.first_page <= plan.num_pages:
+            raise ShapeError(f"expected a first page up to {plan.num_pages}, found {ask.first_page}; see the ticket")
+        if self.source.name not in EXACT_DTYPES and self.source.name != target.name:
+            log.info("converts in transit", request_id=ask.request_id, source=self.source.name, format=target.name)
+        sender = FrameSender(
+            ask.decode_endpoint, plan, self._security, ask.decode_key, shaper=self._shaper, options=self._options
+        )
+        self._num_begun += 1
+        probed = self._num_begun % PROBE_EVERY == 1
+        middle = self.loaded.num_layers // 2
+        return LayerPipe(self.source, target, sender, ask.first_page, job.kept, middle if probed else None)
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def _send(self, job: PromptJob, choice: Choice) -> None:
+        """The prompt is computed: its transfer goes on while others compute."""
+        assert job.pipe is not None
+        job.computed_s, job.cache = time.monotonic(), None
+        job.pipe.finish(Finish(job.ask.request_id, job.ask.epoch, choice))
+        self._turns.remove(job)
+        self._sending.append(job)
+
+    def _deliver(self, job: PromptJob) -> None:
+        """Report a transfer that is complete. Raises for one that failed or takes too long."""
+        assert job.pipe is not None
+        frames = job.pipe.poll()
+        if frames is not None:
+            self.prefixes.add(job.ask.prompt_ids, job.pipe.layers())
+            self._end(job, self._done(job, job.pipe, frames))
+        elif time.monotonic() - job.computed_s > SEND_TIMEOUT_S:
+            raise TransferError(
+                f"expected {job.ask.request_id!r} delivered within {SEND_TIMEOUT_S} s, found it under way; use a "
+                "faster link or a smaller format"
+            )
+
+    def _done(self, job: PromptJob, pipe: LayerPipe, frames: tuple[FrameTiming, ...]) -> PrefillDone:
+        ask, wire_bytes = job.ask, sum(f.num_bytes for f in frames)
         times = PrefillTimes(
             received_s=job.received_s,
-            start_s=start_s,
-            computed_s=computed_s,
+            start_s=job.start_s,
+            computed_s=job.computed_s,
             packed_s=pipe.packed_s,
             sent_s=max(f.sent_s for f in frames),
             pack_busy_s=pipe.busy_s,
             send_busy_s=self._shaper.seconds(wire_bytes),
             verify_busy_s=sum(f.verify_s for f in frames),
         )
-        return PrefillDone(ask.request_id, self._raw_bytes(len(ask.prompt_ids)), wire_bytes, times)
-
-    @torch.no_grad()
-    def _compute(self, job: _Job, pipe: LayerPipe) -> int:
-        """Run the model over the prompt, feeding the pipe layer by layer; returns the first new token."""
-        ask = job.ask
-
-        def on_layer(layer: int, k: Tensor, v: Tensor) -> None:
-            pipe.put(layer, k[0], v[0])
-            self.listener.send(job.client, Progress(ask.request_id, layer + 1))
-            self._check_wanted(job)
-
-        cache = StreamingCache(self.loaded.model.config, on_layer)
-        ids = torch.tensor([ask.prompt_ids])
-        logits = last_logits(self.loaded.model, ids, cache, logits_to_keep=1)[0]
-        generator = torch.Generator().manual_seed(ask.sampling.seed)
-        return sample(logits, ask.sampling, generator)
-
-    def _raw_bytes(self, num_tokens: int) -> int:
-        """The same KV in 16 bits."""
-        return 4 * self.loaded.num_layers * self.loaded.num_kv_heads * self.loaded.head_dim * num_tokens
-
-
-def _unwanted(job: _Job) -> TransferError:
-    return TransferError(f"expected {job.ask.request_id!r} to be wanted, found it cancelled by its client; ask again")
+        num_sent = len(ask.prompt_ids) - ask.first_page * pipe.target.page_tokens
+        raw_bytes = 4 * self.loaded.num_layers * self.loaded.num_kv_heads * self.loaded.head_dim * num_sent
+        return PrefillDone(ask.request_id, raw_bytes, wire_bytes, times, job.num_cached, pipe.error)

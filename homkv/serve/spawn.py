@@ -1,22 +1,22 @@
-"""Start a prefill and a decode instance as processes of this machine, with fresh keys, and stop them cleanly."""
+"""Start prefill and decode instances as processes of this machine, with fresh keys, and stop them cleanly."""
 
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import msgspec
 
 from homkv.errors import TransferError
-from homkv.serve.client import Address
+from homkv.serve.fleet import Address, Role
 from homkv.transport.keys import KeyPair, Security
 
-Report = Callable[[str, str], None]  # (role, line of text)
+Report = Callable[[str, str], None]  # (instance, line of text)
 LOG_LINES = 20  # of an instance's log, quoted in errors
 STOP_TIMEOUT_S = 10.0  # a child that has not stopped by then is killed
 DEATH_TIMEOUT_S = 1.0  # between a connection's end and the end of the process behind it
@@ -36,56 +36,80 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", tag_field="event"):
     fingerprint: str
 
 
-Role = Literal["prefill", "decode"]
 _lines: "msgspec.json.Decoder[Starting | Ready]" = msgspec.json.Decoder(Starting | Ready)
 
 
 @dataclass(frozen=True)
 class InstanceOptions:
-    """What both instances are started with."""
+    """What the instances are started with; see ServeSettings."""
 
     model: str
     formats: tuple[str, ...]
+    num_prefill: int = 1
+    num_decode: int = 1
     link_gbps: float | None = None
     num_threads: int | None = None
     max_tokens: int = 32_768
     start_timeout_s: float = 600.0
+    log_json: bool = False
+    # more settings of the roles, by the names of ServeSettings
+    prefill: dict[str, object] = field(default_factory=dict)
+    decode: dict[str, object] = field(default_factory=dict)
+
+    def flags(self, role: Role) -> dict[str, object]:
+        """Settings of an instance, by name."""
+        common = {"model": self.model, "num_threads": self.num_threads, "log_json": self.log_json or None}
+        if role == "prefill":
+            return common | {"link_gbps": self.link_gbps} | self.prefill
+        formats = msgspec.json.encode(self.formats).decode()  # JSON: a format's name may have commas
+        return common | {"max_tokens": self.max_tokens, "kv_cache_dtype": formats} | self.decode
 
 
-class LocalPair:
-    """One prefill and one decode instance as child processes. Use as a context manager.
+class LocalCluster:
+    """Prefill and decode instances as child processes: ``prefill-0``, ``decode-0`` … Use as a context manager.
 
-    Keys are made for this pair, live in a private folder and go when it closes. A child stops when its standard
+    Keys are made for this cluster, live in a private folder and go when it closes. A child stops when its standard
     input closes, so none outlives this process, however it ends. A TransferError that leaves the block after a child
     died is raised again as one that says so, with the child's log.
     """
 
-    def __init__(self, options: InstanceOptions, report: Report = lambda role, text: None) -> None:
+    def __init__(self, options: InstanceOptions, report: Report = lambda name, text: None) -> None:
         self._options, self._report = options, report
-        self._keys = {name: KeyPair.generate() for name in ("client", "prefill", "decode")}
+        self._names: dict[Role, list[str]] = {
+            "decode": [f"decode-{i}" for i in range(options.num_decode)],
+            "prefill": [f"prefill-{i}" for i in range(options.num_prefill)],
+        }
+        names = [name for group in self._names.values() for name in group]
+        self._keys = {name: KeyPair.generate() for name in ("client", *names)}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self.processes: dict[Role, subprocess.Popen[str]] = {}
-        self.addresses: dict[Role, Address] = {}
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self._endpoints: dict[str, str] = {}
 
     @property
     def security(self) -> Security:
         """The client's keys."""
         return Security(self._keys["client"])
 
+    def addresses(self, role: Role) -> list[Address]:
+        """Where the instances of a role listen."""
+        return [Address(self._endpoints[name], self._keys[name].public) for name in self._names[role]]
+
     @property
     def folder(self) -> Path:
-        """Where keys and logs are, while the pair runs."""
+        """Where keys and logs are, while the cluster runs."""
         if self._folder is None:
-            raise TransferError("expected a running pair, found none; use it in a with statement")
+            raise TransferError("expected a running cluster, found none; use it in a with statement")
         return Path(self._folder.name)
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="homkv-")  # for this user only
         try:
-            self._start("decode", ["client", "prefill"])
-            self._start("prefill", ["client"])
-            for role in self.processes:
-                self._await_ready(role)
+            for name in self._names["decode"]:
+                self._start("decode", name, ["client", *self._names["prefill"]])
+            for name in self._names["prefill"]:
+                self._start("prefill", name, ["client"])
+            for name in self.processes:
+                self._await_ready(name)
         except BaseException:
             self.close()
             raise
@@ -95,71 +119,73 @@ class LocalPair:
         deaths = self._deaths() if isinstance(error, TransferError) else ""
         self.close()
         if deaths:
-            raise TransferError(f"expected both instances to live, found {deaths}") from error
+            raise TransferError(f"expected all instances to live, found {deaths}") from error
 
     def _deaths(self) -> str:
         """Which children ended by themselves, with their logs; empty if none did."""
         said = []
-        for role, process in self.processes.items():
+        for name, process in self.processes.items():
             try:
                 code = process.wait(DEATH_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 continue  # alive
-            said.append(f"the {role} instance ended with code {code}; its log:\n{self.log(role)}")
+            said.append(f"the {name} instance ended with code {code}; its log:\n{self.log(name)}")
         return "\n".join(said)
 
-    def _start(self, role: Role, trusted: list[str]) -> None:
-        key, trust = self.folder / f"{role}.key", self.folder / f"{role}.trust"
-        self._keys[role].save(key)
-        trust.write_text("\n".join(self._keys[name].public for name in trusted))
-        options = self._options
-        command = [sys.executable, "-m", "homkv.cli", "serve", role, "--until-eof", "--model", options.model]
-        command += ["--keys", str(key), "--trust", str(trust)]
-        if options.num_threads is not None:
-            command += ["--num-threads", str(options.num_threads)]
-        if role == "decode":
-            command += ["--max-tokens", str(options.max_tokens)]
-            command += [arg for name in options.formats for arg in ("--kv-cache-dtype", name)]
-        elif options.link_gbps is not None:
-            command += ["--link-gbps", str(options.link_gbps)]
-        with open(self.folder / f"{role}.log", "w") as log:
-            self.processes[role] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+    def _start(self, role: Role, name: str, trusted: list[str]) -> None:
+        key, trust = self.folder / f"{name}.key", self.folder / f"{name}.trust"
+        self._keys[name].save(key)
+        trust.write_text("\n".join(self._keys[other].public for other in trusted))
+        flags = self._options.flags(role) | {"keys": key, "trust": trust}
+        command = [sys.executable, "-m", "homkv.cli", "serve", role, "--until-eof"]
+        for setting, value in flags.items():
+            if value is not None:
+                flag = setting.replace("_", "-")
+                command += [f"--no-{flag}" if value is False else f"--{flag}"]
+                command += [] if isinstance(value, bool) else [str(value)]
+        with open(self.folder / f"{name}.log", "w") as log:
+            self.processes[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                process_group=0,  # Ctrl-C is for the parent, which lets the children finish first
             )
 
-    def _await_ready(self, role: Role) -> None:
+    def _await_ready(self, name: str) -> None:
         """Read the child's lines until it is ready. Raises TransferError with its log if it is not."""
-        process = self.processes[role]
+        process = self.processes[name]
         assert process.stdout is not None  # opened as a pipe above
         watchdog = threading.Timer(self._options.start_timeout_s, process.kill)
         watchdog.start()
         try:
             while line := process.stdout.readline():
-                said = self._parse(role, line)
+                said = self._parse(name, line)
                 if isinstance(said, Ready):
-                    self.addresses[role] = Address(said.endpoint, self._keys[role].public)
-                    self._report(role, f"ready, process {process.pid}")
+                    self._endpoints[name] = said.endpoint
+                    self._report(name, f"ready, process {process.pid}")
                     return
-                self._report(role, said.text)
+                self._report(name, said.text)
         finally:
             watchdog.cancel()
         raise TransferError(
-            f"expected the {role} instance to start within {self._options.start_timeout_s} s, found it ended with code "
-            f"{process.wait()}; its log:\n{self.log(role)}"
+            f"expected the {name} instance to start within {self._options.start_timeout_s} s, found it ended with code "
+            f"{process.wait()}; its log:\n{self.log(name)}"
         )
 
-    def _parse(self, role: Role, line: str) -> Starting | Ready:
+    def _parse(self, name: str, line: str) -> Starting | Ready:
         try:
             return _lines.decode(line)
         except msgspec.MsgspecError as error:
             raise TransferError(
-                f"expected a line of the {role} instance about its start, found {line!r} ({error}); keep standard "
+                f"expected a line of the {name} instance about its start, found {line!r} ({error}); keep standard "
                 "output free of other text"
             ) from error
 
-    def log(self, role: Role) -> str:
+    def log(self, name: str) -> str:
         """The last lines that an instance logged."""
-        return "\n".join((self.folder / f"{role}.log").read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return "\n".join((self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def close(self) -> None:
         """Ask the children to stop, end those that do not, remove the keys."""

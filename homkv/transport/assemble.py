@@ -34,6 +34,12 @@ class SequencePlan:
     num_tokens: int
     num_pages: int  # per layer and kv head
     num_exact: int  # sinks and window
+    first_page: int = 0  # the receiver has the pages before it, and they are not sent
+
+    @property
+    def num_sent_pages(self) -> int:
+        """Pages that cross the wire, per layer and kv head."""
+        return self.num_pages - self.first_page
 
     @property
     def exact_bytes(self) -> int:
@@ -49,7 +55,7 @@ class SequencePlan:
     @property
     def layer_bytes(self) -> int:
         """Payload bytes of one layer: exact K, exact V, pages."""
-        return 2 * self.exact_bytes + self.num_pages * self.page_row_bytes
+        return 2 * self.exact_bytes + self.num_sent_pages * self.page_row_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -59,7 +65,7 @@ class SequencePlan:
 
 @dataclass(frozen=True)
 class LayerData:
-    """One complete layer: ``exact_k exact_v [G, E, D]`` and ``pages [N, G, P]`` as writable bytes, the taker's own."""
+    """One complete layer: ``exact_k exact_v [G, E, D]`` and the sent ``pages [N, G, P]``, the taker's own bytes."""
 
     layer: int
     exact_k: memoryview
@@ -72,20 +78,20 @@ def encode_layer(
 ) -> Iterator[list[bytes | memoryview]]:
     """Yield the frames of one layer; as few as ``max_frame_bytes`` allows. Payloads are views, not copies.
 
-    ``exact``: keys ``[G, E, D]`` and values ``[G, E, D]``; ``pages [N, G, P]``. Part 0 carries all exact tokens.
+    ``exact``: keys ``[G, E, D]`` and values ``[G, E, D]``; sent ``pages [N, G, P]``. Part 0 carries all exact tokens.
     Raises ShapeError if the buffers are not what the plan says, FrameError if one page does not fit in a frame.
     """
     page_view, sizes = as_bytes(pages), [as_bytes(b).nbytes for b in exact]
     stride, found = plan.page_row_bytes, [*sizes, page_view.nbytes]
-    if found != [plan.exact_bytes, plan.exact_bytes, plan.num_pages * stride]:
+    if found != [plan.exact_bytes, plan.exact_bytes, plan.num_sent_pages * stride]:
         raise ShapeError(
-            f"expected exact K and V of {plan.exact_bytes} bytes each and pages of {plan.num_pages * stride} bytes, "
-            f"found {found}; pass the layer of the sequence that the ticket names"
+            f"expected exact K and V of {plan.exact_bytes} bytes each and pages of {plan.num_sent_pages * stride} "
+            f"bytes, found {found}; pass the layer of the sequence that the ticket names"
         )
     counts = _split(plan, max_frame_bytes)
     first = 0
     for part, count in enumerate(counts):
-        header = _header(plan, layer, part, len(counts), first, count)
+        header = _header(plan, layer, part, len(counts), plan.first_page + first, count)
         view = page_view[first * stride : (first + count) * stride]
         yield encode_frame(header, *(exact if part == 0 else ()), view, max_frame_bytes=max_frame_bytes)
         first += count
@@ -94,17 +100,17 @@ def encode_layer(
 def _split(plan: SequencePlan, max_frame_bytes: int) -> list[int]:
     """Pages per part; part 0 leaves room for the exact tokens."""
     room = max_frame_bytes - FRAME_OVERHEAD
-    if 2 * plan.exact_bytes > room or (plan.num_pages and plan.page_row_bytes > room):
+    if 2 * plan.exact_bytes > room or (plan.num_sent_pages and plan.page_row_bytes > room):
         raise FrameError(
             "too_large",
             f"expected exact tokens ({2 * plan.exact_bytes} bytes) and a page of all heads ({plan.page_row_bytes}) "
             f"to fit in a frame, found room for {room}; raise max_frame_bytes",
         )
-    if not plan.num_pages:
+    if not plan.num_sent_pages:
         return [0]
     per_part = room // plan.page_row_bytes
-    counts = [min(plan.num_pages, (room - 2 * plan.exact_bytes) // plan.page_row_bytes)]
-    while (left := plan.num_pages - sum(counts)) > 0:
+    counts = [min(plan.num_sent_pages, (room - 2 * plan.exact_bytes) // plan.page_row_bytes)]
+    while (left := plan.num_sent_pages - sum(counts)) > 0:
         counts.append(min(left, per_part))
     return counts
 
@@ -114,6 +120,7 @@ def _header(plan: SequencePlan, layer: int, part: int, num_parts: int, first_pag
     return FrameHeader(
         kind="kv",
         format=e.format,
+        source=e.source,
         layout_id=e.layout_id,
         model=e.model,
         num_layers=e.num_layers,
@@ -149,22 +156,22 @@ class LayerAssembler:
         self._num_parts, self._spans[h.part] = h.num_parts, (h.first_page, h.first_page + h.num_pages)
         exact = h.exact_bytes
         self._buffer[:exact] = frame.payload[:exact]
-        at = 2 * self._plan.exact_bytes + h.first_page * stride
+        at = 2 * self._plan.exact_bytes + (h.first_page - self._plan.first_page) * stride
         self._buffer[at : at + h.num_pages * stride] = frame.payload[exact:]
         return self._layer_data() if len(self._spans) == h.num_parts else None
 
     def _check(self, h: FrameHeader) -> None:
-        stop, total = h.first_page + h.num_pages, self._plan.num_pages
+        stop, start, total = h.first_page + h.num_pages, self._plan.first_page, self._plan.num_pages
         taken = [*self._spans.values()]
         problem = None
         if self._num_parts not in (None, h.num_parts):
             problem = f"expected {self._num_parts} parts, found {h.num_parts}"
         elif h.num_exact != (self._plan.num_exact if h.part == 0 else 0):
             problem = f"expected {self._plan.num_exact} exact tokens, in part 0, found {h.num_exact} in part {h.part}"
-        elif stop > total or any(h.first_page < b and a < stop for a, b in taken):
-            problem = f"expected free pages below {total}, found {h.first_page}..{stop} with {taken} taken"
-        elif len(taken) == h.num_parts - 1 and sum(b - a for a, b in taken) + h.num_pages != total:
-            problem = f"expected the parts to cover {total} pages, found {taken} and {h.first_page}..{stop}"
+        elif h.first_page < start or stop > total or any(h.first_page < b and a < stop for a, b in taken):
+            problem = f"expected free pages in {start}..{total}, found {h.first_page}..{stop} with {taken} taken"
+        elif len(taken) == h.num_parts - 1 and sum(b - a for a, b in taken) + h.num_pages != total - start:
+            problem = f"expected the parts to cover {total - start} pages, found {taken} and {h.first_page}..{stop}"
         if problem:
             raise FrameError("order", f"{problem} (layer {self._layer}); the sender must split a layer without gaps")
 

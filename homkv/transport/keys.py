@@ -76,9 +76,27 @@ class TrustStore:
     def load(cls, path: Path | str) -> "TrustStore":
         """Read one public key per line; empty lines and ``#`` comments are skipped."""
         with _readable(path) as file:
-            lines = file.read().decode().splitlines()
+            try:
+                lines = file.read().decode().splitlines()
+            except UnicodeDecodeError as error:
+                message = f"expected a public key per line in {path}, found bytes that are no text"
+                raise TransferError(message) from error
         # a Z85 key may contain '#', so only whole lines are comments
         return cls(line.strip() for line in lines if line.strip() and not line.startswith("# "))
+
+    def save(self, path: Path | str) -> None:
+        """Write one public key per line; a reader sees the old keys or the new ones. Raises TransferError."""
+        scratch = Path(path).with_name(Path(path).name + ".new")
+        try:
+            scratch.write_text("".join(f"{key}\n" for key in self.keys), encoding="utf-8")
+            os.replace(scratch, path)
+        except OSError as error:
+            raise TransferError(f"expected to write {path}, found {error.strerror}; choose another file") from error
+
+    @property
+    def keys(self) -> list[str]:
+        """The trusted public keys, sorted."""
+        return sorted(self._keys)
 
     def add(self, public: str) -> None:
         """Trust a key. Raises TransferError if it is not 40 characters of Z85."""

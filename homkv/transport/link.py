@@ -287,6 +287,11 @@ class Peer:
             f"expected a listener at {self.endpoint} within {self._options.peer_timeout_s} s, found none; start it",
         )
 
+    @property
+    def readable(self) -> "list[zmq.Socket[bytes]]":
+        """What a poller of many peers watches; call ``poll(0)`` when one of them can be read."""
+        return [self._socket, self._monitor.socket]
+
     def watch(self, wake: Wake) -> None:
         """Let ``wake`` end a ``poll`` early."""
         self._poller.register(wake.reader, zmq.POLLIN)

@@ -114,6 +114,13 @@ class FrameSender:
             self._wait(lambda: not self._queue and not self._in_flight, timeout_s)
             return tuple(self._timings)
 
+    def timings(self) -> tuple[FrameTiming, ...] | None:
+        """What :meth:`finish` returns, or None if not everything is acknowledged yet. Raises like ``send``."""
+        with self._changed:
+            if self._error is None and not self._stop and (self._queue or self._in_flight):
+                return None
+        return self.finish(0.0)
+
     def close(self) -> None:
         """End the thread and the connection; what was not acknowledged may be lost.
 

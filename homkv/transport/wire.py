@@ -13,7 +13,7 @@ import xxhash
 from homkv.errors import ShapeError, TransferError
 
 MAGIC = b"HKVF"
-WIRE_VERSION = 1  # of the frame's bytes; any change of layout or meaning raises it
+WIRE_VERSION = 2  # of the frame's bytes; any change of layout or meaning raises it
 PRELUDE = struct.Struct("<4sHHQ")  # magic, wire version, header bytes, payload bytes
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 4096
@@ -49,6 +49,7 @@ class FrameHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
 
     kind: Literal["kv"]
     format: Name  # as given to --kv-cache-dtype
+    source: Name  # format from which the pages were converted; equal to ``format``: not converted
     layout_id: Name  # page bytes and their version
     model: Hex  # fingerprint of the weights and config that made the KV
     num_layers: Size
@@ -98,6 +99,7 @@ class Expectation:
     head_dim: int
     page_bytes: int
     exact_dtype: ExactDtype
+    source: str = "fp16"
 
     def check(self, header: FrameHeader) -> None:
         """Raise FrameError (format, layout or model) if the frame was made for another cache than ours."""
@@ -113,6 +115,7 @@ class Expectation:
 
 _MISMATCH: dict[str, Reason] = {  # everything else is the model
     "format": "format",
+    "source": "format",
     "layout_id": "layout",
     "page_bytes": "layout",
     "exact_dtype": "layout",

@@ -1,6 +1,7 @@
 """Tiny models, instances in threads, and a request that must not notice what happens beside it."""
 
 import copy
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from homkv.models import LoadedModel, describe_model
 from homkv.seal import pack_layer
 from homkv.serve.client import Address, Answer, Client, Query
+from homkv.serve.convert import EXACT_DTYPE
 from homkv.serve.decode import DecodeInstance
-from homkv.serve.engine import EXACT_DTYPE, expectation, serving_codec
+from homkv.serve.engine import expectation, serving_codec
 from homkv.serve.messages import FromDecode, FromPrefill, Prefill, Reserve, Ticket
 from homkv.serve.prefill import PrefillInstance
 from homkv.transport.assemble import SequencePlan
@@ -154,8 +156,7 @@ class Pair:
         assert self._free_blocks() == self.num_free
         for engine in self.decoder.engines.values():
             engine.check()
-        names = [t.name for t in threading.enumerate()]
-        assert not [name for name in names if name.startswith(("send-", "pack"))]
+        wait_until(lambda: not any(t.name.startswith(("send-", "pack")) for t in threading.enumerate()))
 
 
 def start_pair(
@@ -167,6 +168,10 @@ def start_pair(
     max_tokens: int = 4096,
     max_sequences: int = 16,
     lease_s: float = 60.0,
+    max_lease_s: float = 600.0,
+    share_prefixes: bool = True,
+    source: str = "fp16",
+    chunk_tokens: int = 512,
 ) -> AbstractContextManager[Pair]:
     decode = DecodeInstance(
         decode_model or twin(loaded),
@@ -175,10 +180,21 @@ def start_pair(
         OPEN,
         max_tokens=max_tokens,
         max_sequences=max_sequences,
+        share_prefixes=share_prefixes,
         lease_s=lease_s,
+        max_lease_s=max_lease_s,
         options=OPTIONS,
     )
-    prefill = PrefillInstance(loaded, ENDPOINT, OPEN, link_gbps=link_gbps, options=OPTIONS)
+    prefill = PrefillInstance(
+        loaded,
+        ENDPOINT,
+        OPEN,
+        source=source,
+        chunk_tokens=chunk_tokens,
+        prefix_bytes=(1 << 30) * share_prefixes,
+        link_gbps=link_gbps,
+        options=OPTIONS,
+    )
     return _run_pair(Running(prefill), Running(decode))
 
 
@@ -222,15 +238,25 @@ def bystander(pair: Pair, expected: list[int]) -> Iterator[None]:
     assert all(tokens == expected for tokens in answers)
 
 
+_seeds = itertools.count(5000)  # a prompt of its own for each: the KV that a test sends must never be shared
+
+
 class RawRequest:
     """A request whose KV the test sends itself, layer by layer."""
 
-    def __init__(self, pair: Pair, num_tokens: int = 150, request_id: str = "raw", kv_cache_dtype: str = "balanced"):
+    def __init__(
+        self,
+        pair: Pair,
+        num_tokens: int = 150,
+        request_id: str = "raw",
+        kv_cache_dtype: str = "balanced",
+        ids: list[int] | None = None,
+    ):
         self.pair, self.request_id = pair, request_id
         loaded = pair.prefiller.loaded
         self.codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
         self.peer = pair.peer()
-        self.peer.send(Reserve(request_id, kv_cache_dtype, num_tokens, 4))
+        self.peer.send(Reserve(request_id, kv_cache_dtype, ids or prompt(num_tokens, seed=next(_seeds)), 4))
         ticket = self.peer.recv(PATIENCE_S)
         assert isinstance(ticket, Ticket)
         self.ticket = ticket
@@ -245,7 +271,14 @@ class RawRequest:
 
     def order(self, prompt_ids: list[int]) -> Prefill:
         return Prefill(
-            self.request_id, "balanced", prompt_ids, self.ticket.epoch, self.pair.decode.address.endpoint, None
+            self.request_id,
+            "balanced",
+            prompt_ids,
+            self.ticket.epoch,
+            self.pair.decode.address.endpoint,
+            None,
+            first_page=self.ticket.first_page,
+            report_progress=True,
         )
 
     def sender(self, **changes: Any) -> FrameSender:

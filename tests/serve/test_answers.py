@@ -30,7 +30,7 @@ def alone(loaded: LoadedModel, ids: list[int], new_tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_16_bit_kv_gives_the_tokens_of_generate(pair: Pair, loaded: LoadedModel, length: int) -> None:
-    ids = prompt(length)
+    ids = prompt(length, seed=length)  # shares no prefix with other prompts
     answer = pair.ask(Query(ids, "fp16", 24))
     assert answer.tokens == alone(twin(loaded), ids, 24)
     assert len(set(answer.tokens)) > 8  # a model that repeats itself would prove little
@@ -39,7 +39,7 @@ def test_16_bit_kv_gives_the_tokens_of_generate(pair: Pair, loaded: LoadedModel,
 @pytest.mark.parametrize("length", LENGTHS)
 def test_pages_give_the_tokens_of_one_process_with_pages(pair: Pair, loaded: LoadedModel, length: int) -> None:
     """100 tokens: the decode instance seals pages of its own."""
-    ids, model = prompt(length), twin(loaded)
+    ids, model = prompt(length, seed=length), twin(loaded)
     with homkv.attach(model.model, "balanced"):
         expected = alone(model, ids, 100)
     assert pair.ask(Query(ids, "balanced", 100)).tokens == expected
@@ -52,7 +52,13 @@ def test_formats_may_alternate_on_one_connection(pair: Pair) -> None:
     assert together == [pair.ask(query).tokens for query in queries]
 
 
-def test_requests_of_unequal_length_share_steps_and_do_not_notice(pair: Pair) -> None:
+def test_requests_of_unequal_length_share_steps_and_do_not_notice(loaded: LoadedModel) -> None:
+    with start_pair(loaded, share_prefixes=False) as pair:  # the same prompts twice, and both times computed
+        check_shared_steps(pair)
+        pair.assert_free()
+
+
+def check_shared_steps(pair: Pair) -> None:
     lengths = ((1, 50), (70, 60), (150, 40), (131, 80), (300, 30))
     queries = [Query(prompt(t, seed=i), "balanced", n, return_logits=True) for i, (t, n) in enumerate(lengths)]
     queries.append(Query(prompt(90), "fp16", 30, return_logits=True))
@@ -125,7 +131,7 @@ def test_a_stop_token_ends_the_answer(pair: Pair, as_list: bool) -> None:
 
 
 def test_what_was_moved_is_counted(pair: Pair) -> None:
-    query = Query(prompt(1000), "balanced", 4)
+    query = Query(prompt(1000, seed=77), "balanced", 4)
     answer = pair.ask(query)
     assert answer.prefill is not None
     assert answer.prefill.raw_bytes == 1000 * 4 * 64 * 2  # 2 layers, 1 kv head, K and V of 64 channels in 16 bits

@@ -21,7 +21,7 @@ from serve_cases import (
 from homkv.errors import CapacityError, TransferError
 from homkv.models import LoadedModel
 from homkv.serve.client import Query
-from homkv.serve.messages import Done, Failed, Finish, Prefill, Progress, Token
+from homkv.serve.messages import Choice, Done, Failed, Finish, Prefill, Progress, Token
 from homkv.transport import sender as sender_module
 from homkv.transport.endpoint import FRAME, LinkError
 from homkv.transport.link import Peer
@@ -116,7 +116,7 @@ def test_a_prefill_instance_may_go_when_everything_is_there(pair: Pair) -> None:
         with request.sender() as sender:
             for layer in range(2):
                 request.send(sender, layer)
-            sender.post(Finish(request.request_id, request.ticket.epoch, 5))
+            sender.post(Finish(request.request_id, request.ticket.epoch, Choice(5)))
             sender.finish(PATIENCE_S)
         said = [request.answer() for _ in range(5)]
     assert [type(message) for message in said] == [Token] * 4 + [Done]
@@ -125,7 +125,7 @@ def test_a_prefill_instance_may_go_when_everything_is_there(pair: Pair) -> None:
 def test_a_first_token_without_all_layers_is_refused(pair: Pair) -> None:
     with RawRequest(pair) as request, request.sender() as sender:
         request.send(sender, 1)
-        sender.post(Finish(request.request_id, request.ticket.epoch, 5))
+        sender.post(Finish(request.request_id, request.ticket.epoch, Choice(5)))
         failed = request.answer(PROMPT_S)
         assert isinstance(failed, Failed)
         assert "layers 0 missing" in failed.detail
@@ -135,7 +135,7 @@ def test_a_first_token_over_the_vocabulary_is_refused(pair: Pair) -> None:
     with RawRequest(pair) as request, request.sender() as sender:
         for layer in range(2):
             request.send(sender, layer)
-        sender.post(Finish(request.request_id, request.ticket.epoch, 200))
+        sender.post(Finish(request.request_id, request.ticket.epoch, Choice(200)))
         failed = request.answer(PROMPT_S)
         assert isinstance(failed, Failed)
         assert "token 200" in failed.detail
@@ -146,7 +146,7 @@ def test_a_second_finish_changes_nothing(pair: Pair) -> None:
         for layer in range(2):
             request.send(sender, layer)
         for _ in range(2):
-            sender.post(Finish(request.request_id, request.ticket.epoch, 5))
+            sender.post(Finish(request.request_id, request.ticket.epoch, Choice(5)))
         said = [request.answer() for _ in range(5)]
     assert [message.index for message in said if isinstance(message, Token)] == [0, 1, 2, 3]
 
@@ -160,7 +160,7 @@ def test_one_request_is_fed_by_one_connection(pair: Pair) -> None:
             second.finish(PATIENCE_S)
         assert caught.value.reason == "sequence"
         request.send(first, 1)
-        first.post(Finish(request.request_id, request.ticket.epoch, 5))
+        first.post(Finish(request.request_id, request.ticket.epoch, Choice(5)))
         assert isinstance(request.answer(), Token)
 
 
@@ -170,10 +170,10 @@ def test_a_layer_that_cannot_be_stored_fails_its_request_only(
     engine = pair.decoder.engines["balanced"]
     load = engine.load
 
-    def no_room(seq: int, layer: int, content: object) -> None:
+    def no_room(seq: int, layer: int, content: object, first_page: int) -> None:
         if getattr(content, "num_tokens", 0) == len(VICTIM.prompt_ids):
             raise CapacityError("expected room, found none; test")
-        load(seq, layer, content)  # type: ignore[arg-type]
+        load(seq, layer, content, first_page)  # type: ignore[arg-type]
 
     with bystander(pair, undisturbed), monkeypatch.context() as patch:
         patch.setattr(engine, "load", no_room)
@@ -207,7 +207,7 @@ def test_a_decode_instance_killed_in_the_middle_is_a_link_error(loaded: LoadedMo
 
         with pytest.raises(LinkError, match="vanished"):
             client.generate(VICTIM, on_layer=kill, timeout_s=PATIENCE_S)
-        with pytest.raises(LinkError, match="make a new Client"):
+        with pytest.raises(LinkError, match="none connected"):
             client.generate(VICTIM)
         wait_until(lambda: pair.prefiller.num_requests == 0)
         witness.send(Prefill("late", "balanced", prompt(20), 1, pair.decode.address.endpoint, None))

@@ -7,8 +7,9 @@ import torch
 
 from homkv import errors
 from homkv.errors import FormatError, HomkvError, TransferError
+from homkv.serve.choose import sample
 from homkv.serve.client import PHASES, Answer
-from homkv.serve.engine import sample, serving_codec
+from homkv.serve.engine import serving_codec
 from homkv.serve.messages import DecodeTimes, Done, Failed, FromDecode, PrefillDone, PrefillTimes, Sampling
 from homkv.transport.endpoint import LinkError
 from homkv.transport.wire import FrameError
@@ -88,8 +89,7 @@ def test_an_unfinished_answer_has_no_phases() -> None:
 
 
 def draw(logits: list[float], n: int = 4000, **settings: float) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    drawn = [sample(torch.tensor(logits), Sampling(**settings), generator) for _ in range(n)]  # type: ignore[arg-type]
+    drawn = [sample(torch.tensor(logits), Sampling(**settings), index) for index in range(n)]  # type: ignore[arg-type]
     return np.bincount(drawn, minlength=len(logits)) / n
 
 
@@ -113,7 +113,7 @@ def test_a_masked_token_is_never_drawn() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_overflowing_logits_are_an_error(bad: float, temperature: float) -> None:
     with pytest.raises(FormatError, match="finite logits"):
-        sample(torch.tensor([0.0, bad, 1.0]), Sampling(temperature), torch.Generator())
+        sample(torch.tensor([0.0, bad, 1.0]), Sampling(temperature), 0)
 
 
 def test_formats_to_serve_are_checked_by_name() -> None:

@@ -1,5 +1,8 @@
 """Requests that cannot be served: the right error, at the client, before anything is held."""
 
+import threading
+import time
+
 import pytest
 from serve_cases import (
     CONTEXT,
@@ -14,13 +17,14 @@ from serve_cases import (
     prompt,
     start_pair,
     tiny,
+    wait_until,
 )
 
 from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError, TransferError, UnsupportedError
 from homkv.models import LoadedModel
-from homkv.serve.client import Query
+from homkv.serve.client import Answer, Query
 from homkv.serve.decode import DecodeInstance
-from homkv.serve.messages import Failed, Prefill, Reserve
+from homkv.serve.messages import Failed, Prefill, Reserve, Token
 from homkv.transport.endpoint import Receipt
 
 IDS = prompt(100)
@@ -73,17 +77,25 @@ def test_logits_that_overflow_are_an_error(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp16", "balanced"])
-def test_every_slot_taken_is_a_capacity_error(loaded: LoadedModel, name: str) -> None:
-    with start_pair(loaded, max_sequences=1) as pair:
-        with RawRequest(pair, kv_cache_dtype=name), pytest.raises(CapacityError, match="slot"):
-            pair.ask(Query(IDS, name, 2))
-        pair.assert_free()  # the holder left
-        assert len(pair.ask(Query(IDS, name, 2)).tokens) == 2
+@pytest.mark.parametrize("short_of", ["slots", "pages"])
+def test_a_request_without_room_waits_for_it(loaded: LoadedModel, name: str, short_of: str) -> None:
+    limits = {"max_sequences": 1} if short_of == "slots" else {"max_tokens": 256}
+    with start_pair(loaded, formats=[name], **limits) as pair:  # type: ignore[arg-type]
+        answers: list[Answer] = []
+        asking = threading.Thread(target=lambda: answers.append(pair.ask(Query(IDS, name, 130))))
+        with RawRequest(pair, kv_cache_dtype=name):
+            asking.start()
+            wait_until(lambda: pair.decoder.num_requests == 2)
+            time.sleep(0.2)
+            assert pair.prefiller.num_requests == 0  # nothing is computed before there is room
+        asking.join()  # the holder left
+        assert len(answers[0].tokens) == 130
+        pair.assert_free()
 
 
 def test_a_request_id_in_use_is_refused_and_its_owner_goes_on(pair: Pair) -> None:
     with RawRequest(pair) as owner, pair.peer() as other:
-        other.send(Reserve(owner.request_id, "balanced", 10, 4))
+        other.send(Reserve(owner.request_id, "balanced", [1] * 10, 4))
         refusal = other.recv(PATIENCE_S)
         assert isinstance(refusal, Failed)
         assert (refusal.error, "in use" in refusal.detail) == ("TransferError", True)
@@ -92,7 +104,7 @@ def test_a_request_id_in_use_is_refused_and_its_owner_goes_on(pair: Pair) -> Non
             prefill.send(owner.order(prompt(150)))
             tokens = [owner.answer() for _ in range(4)]
         expected = pair.ask(Query(prompt(150), "balanced", 4)).tokens
-        assert [getattr(token, "token", None) for token in tokens] == expected
+        assert [token.choice.token for token in tokens if isinstance(token, Token)] == expected
 
 
 def test_a_head_dim_not_covered_fails_on_both_sides() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from homkv.errors import TransferError
 from homkv.serve.client import Answer, Client, Query
-from homkv.serve.spawn import LocalPair
+from homkv.serve.spawn import LocalCluster
 from homkv.sim.record import RequestRecord, StepSample
 from homkv.sim.trace import Request
 
@@ -82,13 +82,15 @@ class Finished:
 class Clients:
     """Connections to a pair of instances, one per request that may be under way."""
 
-    def __init__(self, pair: LocalPair, count: int) -> None:
+    def __init__(self, cluster: LocalCluster, count: int) -> None:
         self._free: list[Client] = []
         self._lock = threading.Lock()
         self._all = []
         try:
             for _ in range(count):
-                self._all.append(Client(pair.addresses["prefill"], pair.addresses["decode"], pair.security))
+                self._all.append(
+                    Client(cluster.addresses("prefill")[0], cluster.addresses("decode")[0], cluster.security)
+                )
         except BaseException:
             self.close()
             raise

@@ -26,7 +26,7 @@ from homkv.bench.jct.replay import (
 from homkv.errors import HomkvError, ShapeError
 from homkv.models import load_tokenizer
 from homkv.serve.engine import serving_codec
-from homkv.serve.spawn import InstanceOptions, LocalPair
+from homkv.serve.spawn import InstanceOptions, LocalCluster
 from homkv.sim.record import Run, RunInfo, StepSample, read_record, write_record
 from homkv.sim.trace import Request, poisson_arrivals, read_trace, scaled
 from homkv.texts import essays
@@ -125,10 +125,17 @@ class JctBench:
     def _on_link(self, link: float, prompts: Sequence[Prompt], progress: Progress) -> None:
         options, task = self.options, progress.task_ids[0]
         settings = InstanceOptions(
-            options.model, options.formats, link, options.num_threads, max_tokens=options.longest + 1024
+            options.model,
+            options.formats,
+            link_gbps=link,
+            num_threads=options.num_threads,
+            max_tokens=options.longest + 1024,
+            # Every prompt is another text and is computed in one piece, so that its layers leave while it is.
+            prefill={"prefix_bytes": 0, "chunk_tokens": options.longest},
+            decode={"share_prefixes": False},
         )
-        with LocalPair(settings) as pair:
-            clients = Clients(pair, len(options.requests))
+        with LocalCluster(settings) as cluster:
+            clients = Clients(cluster, len(options.requests))
             try:
                 for name in options.formats:
                     progress.update(task, description=f"{name}, {link:g} Gb/s: warming up")
@@ -136,7 +143,7 @@ class JctBench:
                 for repetition in range(options.repetitions):
                     for name in options.formats:
                         progress.update(task, description=f"{name}, {link:g} Gb/s")
-                        self._measure(pair, clients, prompts, name, link, repetition)
+                        self._measure(cluster, clients, prompts, name, link, repetition)
                         progress.advance(task)
             finally:
                 clients.close()
@@ -159,14 +166,20 @@ class JctBench:
         self._num_layers = max(self._num_layers, count)
 
     def _measure(
-        self, pair: LocalPair, clients: Clients, prompts: Sequence[Prompt], name: str, link: float, repetition: int
+        self,
+        cluster: LocalCluster,
+        clients: Clients,
+        prompts: Sequence[Prompt],
+        name: str,
+        link: float,
+        repetition: int,
     ) -> None:
         options, run_id = self.options, f"{link:g}gbps/{name}/{repetition}"
         if time.monotonic() >= self.end_s:
             self.skipped.append(f"{run_id}: the time was used up")
             return
         try:
-            with MemoryWatch(pair.processes["decode"].pid) as memory:
+            with MemoryWatch(cluster.processes["decode-0"].pid) as memory:
                 finished = replay(clients, options.requests, prompts, name, timeout_s=options.request_timeout_s)
         except HomkvError as error:
             self.skipped.append(f"{run_id}: {type(error).__name__}: {error}")

@@ -1,0 +1,120 @@
+"""The gateway process of ``homkv serve``: with local instances (all) or with those of other hosts (gateway)."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from homkv.errors import TransferError, UnsupportedError
+
+if TYPE_CHECKING:
+    from homkv.serve.fleet import Address
+    from homkv.serve.settings import Role, ServeSettings
+    from homkv.transport.keys import Security
+
+
+def run_gateway(settings: "ServeSettings", role: "Role") -> None:
+    """Start what is needed, serve until a signal, drain, stop."""
+    import uvicorn
+
+    from homkv.models import load_context_length, load_tokenizer
+    from homkv.serve.dispatch import Dispatcher
+    from homkv.serve.gateway.app import Gateway, make_app
+    from homkv.serve.metrics import Metrics
+    from homkv.serve.query import DispatchOptions
+
+    console = Console(stderr=True)
+    settings.read_api_key()  # an error now, not behind the models
+    with ExitStack() as stack:
+        prefills, decodes, security = _instances(settings, role, stack, console)
+        tokenizer = load_tokenizer(settings.model)
+        limits = DispatchOptions(
+            policy=settings.policy, max_requests=settings.max_requests, request_timeout_s=settings.request_timeout_s
+        )
+        metrics = Metrics()
+        dispatcher = Dispatcher(prefills, decodes, security, limits=limits, on_end=metrics.ended)
+        stack.callback(dispatcher.close)
+        gateway = Gateway(settings, tokenizer, load_context_length(settings.model), dispatcher, metrics)
+        config = uvicorn.Config(
+            make_app(gateway, dispatcher.close),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            timeout_graceful_shutdown=int(settings.drain_s) + 1,
+            timeout_keep_alive=30,
+            backlog=2048,
+        )
+        console.print(f"[bold]homkv[/bold] serves {settings.served_name} at http://{settings.host}:{settings.port}/v1")
+        uvicorn.Server(config).run()
+
+
+def _instances(
+    settings: "ServeSettings", role: "Role", stack: ExitStack, console: Console
+) -> "tuple[list[Address], list[Address], Security]":
+    """Addresses of all instances and the keys to reach them."""
+    from homkv.serve.spawn import InstanceOptions, LocalCluster
+    from homkv.transport.keys import KeyPair, Security
+
+    remote = [_addresses(settings, texts) for texts in (settings.prefill_at, settings.decode_at)]
+    if role == "gateway":
+        if not all(remote):
+            raise UnsupportedError(
+                "expected --prefill-at and --decode-at for a gateway alone, found "
+                f"{len(remote[0])} and {len(remote[1])}; `homkv serve` starts instances of its own"
+            )
+        if (settings.keys is None) != settings.insecure:
+            raise TransferError(
+                "expected --keys FILE or --insecure, found both or neither; `homkv keys new` makes keys"
+            )
+        security = Security(insecure=True) if settings.keys is None else Security(KeyPair.load(settings.keys))
+        return remote[0], remote[1], security
+    if any(remote) or settings.prefill == 0 or settings.decode == 0:
+        raise UnsupportedError(
+            "expected at least one prefill and one decode instance here and none elsewhere, found "
+            f"{settings.prefill} and {settings.decode}; use `homkv serve gateway` for instances elsewhere"
+        )
+    options = InstanceOptions(
+        settings.model,
+        tuple(dict.fromkeys(settings.kv_cache_dtype)),
+        settings.prefill,
+        settings.decode,
+        settings.link_gbps,
+        settings.threads,
+        settings.max_tokens,
+        log_json=settings.log_json,
+        prefill={name: getattr(settings, name) for name in ("source", "chunk_tokens", "prefix_bytes", "drain_s")},
+        decode={name: getattr(settings, name) for name in DECODE_SETTINGS},
+    )
+    cluster = LocalCluster(options, lambda name, text: console.print(f"{name}: {text}", highlight=False))
+    stack.enter_context(cluster)
+    return cluster.addresses("prefill"), cluster.addresses("decode"), cluster.security
+
+
+DECODE_SETTINGS = ("max_sequences", "lease_s", "max_lease_s", "share_prefixes", "drain_s")
+
+
+def _addresses(settings: "ServeSettings", texts: list[str]) -> "list[Address]":
+    from homkv.serve.fleet import Address
+    from homkv.serve.settings import Remote
+
+    found = []
+    for remote in map(Remote.parse, texts):
+        if (remote.key_file is None) != settings.insecure:
+            raise TransferError(
+                f"expected tcp://HOST:PORT=FILE.pub, or --insecure and no file, found {remote.endpoint!r}; "
+                "`homkv keys new` writes FILE.pub"
+            )
+        found.append(Address(remote.endpoint, None if remote.key_file is None else _public_key(remote.key_file)))
+    return found
+
+
+def _public_key(file: Path) -> str:
+    from homkv.transport.keys import TrustStore
+
+    keys = TrustStore.load(file).keys
+    if len(keys) != 1:
+        raise TransferError(
+            f"expected one public key in {file}, found {len(keys)}; `homkv keys new` writes such a file"
+        )
+    return keys[0]

@@ -1,0 +1,394 @@
+"""The dispatcher: chooses instances, follows every request to its end, and tells its owner.
+
+One thread owns all connections and all requests; ``submit`` and ``cancel`` only queue. A request's sink is called in
+that thread and must not block.
+"""
+
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Self
+
+import msgspec
+import zmq
+
+from homkv.errors import CapacityError, HomkvError, TransferError
+from homkv.serve.fleet import Address, Fleet, Member
+from homkv.serve.lifecycle import Record, RecordBook, State
+from homkv.serve.logs import get_logger
+from homkv.serve.messages import (
+    Cancel,
+    Done,
+    Failed,
+    FinishReason,
+    PrefillDone,
+    Progress,
+    Renew,
+    Status,
+    Ticket,
+    Token,
+)
+from homkv.serve.query import DispatchOptions, Ended, Query, Request, Sink
+from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions, Receipt, Wake
+from homkv.transport.keys import Security
+
+log = get_logger(__name__)
+TICK_S = 0.1
+MAX_ATTEMPTS = 3
+
+
+class Dispatcher:
+    """Sends requests through ``prefills`` and ``decodes``. Use as a context manager."""
+
+    def __init__(
+        self,
+        prefills: list[Address],
+        decodes: list[Address],
+        security: Security,
+        *,
+        limits: DispatchOptions | None = None,
+        options: LinkOptions = DEFAULTS,
+        on_end: Callable[[Record, HomkvError | None], None] = lambda record, error: None,
+    ) -> None:
+        self.limits, self.records = limits or DispatchOptions(), RecordBook()
+        self._fleet = Fleet(prefills, decodes, security, options)
+        self._on_end = on_end
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = Wake()
+        self._fleet.poller.register(self._wake.reader, zmq.POLLIN)
+        self._queue: deque[Request] = deque()  # accepted, not given to instances
+        self._running: dict[str, Request] = {}  # by sequence
+        self._by_id: dict[str, Request] = {}
+        self._num_accepted = 0  # and not ended; guarded by the lock
+        self._lock = threading.Lock()
+        self._renew_at_s, self._blocked_since_s = 0.0, float("inf")
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
+        self._thread.start()
+
+    # -- any thread --------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> list[Member]:
+        """The instances. Read only."""
+        return self._fleet.members
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that no instance knows of yet."""
+        return len(self._queue)
+
+    @property
+    def num_accepted(self) -> int:
+        """Requests that have not ended."""
+        return self._num_accepted
+
+    def submit(self, query: Query, sink: Sink, request_id: str | None = None) -> str:
+        """Accept a request; returns its id. Raises CapacityError if ``max_requests`` have not ended."""
+        with self._lock:
+            if self._stop:
+                raise TransferError("expected a running dispatcher, found it closed; make a new one")
+            if self._num_accepted >= self.limits.max_requests:
+                raise CapacityError(
+                    f"expected fewer than {self.limits.max_requests} requests at a time, found more; try again later"
+                )
+            self._num_accepted += 1
+        request_id = request_id or secrets.token_hex(12)
+        record = Record(request_id, len(query.prompt_ids))
+        self.records.add(record)
+        request = Request(query, sink, record, record.submitted_s + self.limits.request_timeout_s)
+        self._command(lambda: self._accept(request))
+        return request_id
+
+    def cancel(self, request_id: str, why: str = "cancelled by its client") -> None:
+        """End a request; everything it holds is freed. Nothing happens if it has ended."""
+        self._command(lambda: self._cancel(request_id, why))
+
+    def finish(self, request_id: str, reason: FinishReason = "stop") -> None:
+        """The owner has seen enough: end a request as done, and free what it holds."""
+        self._command(lambda: self._finish(request_id, reason))
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread, close all connections. Once is enough, twice does no harm."""
+        with self._lock:
+            if self._stop:
+                return
+            self._stop = True
+        self._wake.ring()
+        self._thread.join()
+        self._wake.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._lock:  # close() must not take the bell away in between
+            if not self._stop:
+                self._commands.append(command)
+                self._wake.ring()
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                self._turn()
+            self._take_commands()
+            for request in list(self._by_id.values()):
+                self._end(request, State.CANCELLED, TransferError("expected to finish, found the gateway stopping"))
+        finally:
+            self._fleet.close()
+
+    def _turn(self) -> None:
+        self._fleet.poller.poll(int(TICK_S * 1000))
+        self._wake.drain()
+        self._take_commands()
+        now_s = time.monotonic()
+        for member in self._fleet.members:
+            self._visit(member, now_s)
+        self._start_queued(now_s)
+        self._renew(now_s)
+        for request in [r for r in self._by_id.values() if now_s > r.deadline_s]:
+            why = f"expected an answer within {self.limits.request_timeout_s} s, found none; is an instance overloaded?"
+            self._end(request, State.FAILED, LinkError("timeout", why))
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _visit(self, member: Member, now_s: float) -> None:
+        """Hear what an instance says, or try to reach it."""
+        if member.peer is None and not self._fleet.connect(member, now_s):
+            return
+        try:
+            member.ask_status(now_s)
+            for message in self._fleet.receive(member):
+                self._hear(member, message)
+        except TransferError as error:
+            self._lose(member, error)
+
+    def _hear(self, member: Member, message: msgspec.Struct) -> None:
+        if isinstance(message, Status):
+            member.take_status(message)
+        elif isinstance(message, Receipt):
+            if message.reason:
+                raise TransferError(f"expected our messages to be accepted, found: {message.detail}")
+        else:
+            request = self._running.get(getattr(message, "request_id", ""))
+            if request is not None and member in (request.prefill, request.decode):
+                self._advance(request, member, message)
+            # else the tail of an attempt that is over
+
+    def _advance(self, request: Request, member: Member, message: msgspec.Struct) -> None:
+        match message:
+            case Ticket():
+                self._order(request, message)
+            case Progress():
+                request.sink(message)
+            case Token():
+                self._take_token(request, message)
+            case PrefillDone():
+                self._take_prefill(request, member, message)
+            case Done():
+                request.done = message
+                request.record.take_decode(message.times, member.clock_offset_s)
+                request.record.kv_bytes = message.kv_bytes
+                self._end_if_complete(request)
+            case Failed():
+                self._attempt_failed(request, message.to_error(), member)
+
+    # -- beginning ---------------------------------------------------------------------------------------------
+
+    def _accept(self, request: Request) -> None:
+        self._by_id[request.record.request_id] = request
+        self._queue.append(request)
+
+    def _start_queued(self, now_s: float) -> None:
+        """Ask decode instances for room for what waits, oldest first."""
+        while self._queue:
+            decode, sources = self._choose_decode(self._queue[0]), self._sources()
+            if decode is None or not sources:
+                self._fail_if_stuck(now_s)
+                return
+            self._blocked_since_s = float("inf")
+            request = self._queue.popleft()
+            ask = request.begin_attempt(decode, sources[0])
+            self._running[request.sequence] = request
+            decode.load[request.sequence] = len(ask.prompt_ids) + ask.max_new_tokens
+            request.record.move(State.RESERVING, instance=decode.name, attempt=request.record.num_attempts)
+            request.record.end_phase("queue")
+            self._say(decode, ask, request)
+
+    def _sources(self) -> list[str]:
+        """Source formats of the prefill instances that are there; they should all have one."""
+        return sorted({m.status.formats[0] for m in self._fleet.prefills if m.status})
+
+    def _choose_decode(self, request: Request) -> Member | None:
+        """The least loaded decode instance for the format where few wait for room."""
+        there = [m for m in self._fleet.decodes if m.status]
+        offering = [m for m in there if m.offers(request.query.kv_cache_dtype)]  # none: let one say so itself
+        waiting = Counter(r.decode for r in self._running.values() if r.record.state == State.RESERVING)
+        limit = self.limits.reservations_per_instance
+        return min((m for m in offering or there if waiting[m] < limit), key=lambda m: m.num_tokens, default=None)
+
+    def _fail_if_stuck(self, now_s: float) -> None:
+        """Fail what waits if, for too long, there has been no instance of a kind at all."""
+        groups = {"prefill": self._fleet.prefills, "decode": self._fleet.decodes}
+        missing = [name for name, group in groups.items() if not any(m.status for m in group)]
+        self._blocked_since_s = min(self._blocked_since_s, now_s) if missing else float("inf")
+        if now_s - self._blocked_since_s > self.limits.no_instance_timeout_s:
+            errors = {m.last_error for m in self._fleet.members if m.last_error}
+            error = LinkError(
+                "vanished",
+                f"expected a {missing[0]} instance within {self.limits.no_instance_timeout_s} s, found none connected "
+                f"({'; '.join(sorted(errors))}); start it or look at its log",
+            )
+            for request in list(self._queue):
+                self._end(request, State.FAILED, error)
+
+    def _order(self, request: Request, ticket: Ticket) -> None:
+        """There is room: let the least loaded prefill instance compute the prompt."""
+        if request.record.state != State.RESERVING:
+            return
+        there = [m for m in self._fleet.prefills if m.status and m.status.formats[0] == request.source]
+        if not there:
+            self._attempt_failed(request, LinkError("vanished", "expected a prefill instance, found none left"), None)
+            return
+        prefill = min(there, key=lambda m: m.num_tokens)
+        order = request.order(prefill, ticket)
+        prefill.load[request.sequence] = len(order.prompt_ids)
+        record = request.record
+        record.num_shared_pages = ticket.first_page
+        record.move(State.PREFILLING, instance=prefill.name, epoch=ticket.epoch, first_page=ticket.first_page)
+        record.end_phase("wait")
+        self._say(prefill, order, request)
+
+    def _say(self, member: Member, message: msgspec.Struct, request: Request | None = None) -> None:
+        """Send; a connection that is gone is handled as one that breaks, a message that cannot be sent fails alone."""
+        try:
+            if member.peer is None:
+                raise LinkError("vanished", f"expected a connection to {member.name}, found none")
+            member.peer.send(message)
+        except LinkError as error:
+            self._lose(member, error)
+        except HomkvError as error:
+            if request is not None:
+                self._end(request, State.FAILED, error)
+
+    # -- going on ----------------------------------------------------------------------------------------------
+
+    def _take_token(self, request: Request, token: Token) -> None:
+        record = request.record
+        if token.index != len(request.tokens):
+            why = f"expected token {len(request.tokens)} of {request.sequence}, found {token.index}; nothing was used"
+            self._attempt_failed(request, TransferError(why), request.decode)
+            return
+        if record.state == State.PREFILLING:
+            record.move(State.DECODING)
+        if not request.tokens:
+            record.end_phase("first_token")
+        request.tokens.append(token.choice.token)
+        record.num_tokens = len(request.tokens)
+        request.sink(token)
+
+    def _take_prefill(self, request: Request, member: Member, done: PrefillDone) -> None:
+        record, request.prefill_done = request.record, done
+        member.load.pop(request.sequence, None)
+        record.take_prefill(done.times, member.clock_offset_s)
+        record.raw_bytes += done.raw_bytes
+        record.wire_bytes += done.wire_bytes
+        record.num_cached_tokens, record.reconstruction_error = done.num_cached_tokens, done.reconstruction_error
+        record.note("delivered", wire_bytes=done.wire_bytes, cached_tokens=done.num_cached_tokens)
+        self._end_if_complete(request)
+
+    def _renew(self, now_s: float) -> None:
+        """Tell decode instances what is still wanted, well before any lease ends."""
+        if now_s < self._renew_at_s:
+            return
+        held = [r for r in self._running.values() if r.ticket is not None and r.record.state == State.PREFILLING]
+        self._renew_at_s = now_s + min([r.ticket.lease_s for r in held if r.ticket], default=3.0) / 3
+        for member in self._fleet.decodes:
+            names = [r.sequence for r in held if r.decode is member]
+            if names:
+                self._say(member, Renew(names))
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def _end_if_complete(self, request: Request) -> None:
+        """Done when the answer is whole and, unless its instance vanished, the prefill has reported."""
+        reporting = request.prefill is not None and request.prefill_done is None
+        if request.done is not None and not reporting:
+            self._end(request, State.DONE, None, request.done.reason)
+
+    def _finish(self, request_id: str, reason: FinishReason) -> None:
+        request = self._by_id.get(request_id)
+        if request is not None and request.record.state == State.DECODING:
+            self._end(request, State.DONE, None, reason)
+
+    def _cancel(self, request_id: str, why: str) -> None:
+        request = self._by_id.get(request_id)
+        if request is not None:
+            error = TransferError(f"expected {request_id!r} to finish, found it {why}; ask again")
+            self._end(request, State.CANCELLED, error)
+
+    def _lose(self, member: Member, error: TransferError) -> None:
+        """A connection broke: what depends on it fails or is tried again, everything else goes on."""
+        log.warning("lost instance", instance=member.name, error=str(error))
+        self._fleet.lose(member, error)
+        for request in list(self._running.values()):
+            if request.decode is member:
+                self._attempt_failed(request, error, member)
+            elif request.prefill is member and request.record.state == State.DECODING:
+                request.prefill = None  # its work is done
+                self._end_if_complete(request)
+            elif request.prefill is member and request.prefill_done is None:
+                self._attempt_failed(request, error, member)
+        member.load.clear()
+
+    def _attempt_failed(self, request: Request, error: HomkvError, member: Member | None) -> None:
+        """Instances failed a request: the policy says whether it is tried again."""
+        record = request.record
+        record.note("attempt_failed", instance=member.name if member else None, error=str(error))
+        is_transient = isinstance(error, TransferError)
+        if self.limits.policy == "fail" or not is_transient or record.num_attempts >= MAX_ATTEMPTS:
+            self._end(request, State.FAILED, error)
+            return
+        log.warning("recomputes", request_id=record.request_id, attempt=record.num_attempts, error=str(error))
+        self._leave(request)
+        record.move(State.QUEUED)
+        self._queue.appendleft(request)
+
+    def _leave(self, request: Request) -> None:
+        """Both instances forget this attempt."""
+        sequence, members = request.sequence, (request.prefill, request.decode)
+        self._running.pop(sequence, None)
+        request.prefill = request.decode = None
+        for member in members:
+            if member is not None and member.load.pop(sequence, None) is not None and member.peer is not None:
+                self._say(member, Cancel(sequence))
+
+    def _end(
+        self, request: Request, state: State, error: HomkvError | None, reason: FinishReason | None = None
+    ) -> None:
+        """The one place where a request ends: freed on both sides, recorded, and its owner told."""
+        record = request.record
+        if record.has_ended:
+            return
+        if request.done is not None and request.decode is not None:
+            request.decode.load.pop(request.sequence, None)  # it has freed everything by itself
+        record.error = None if error is None else f"{type(error).__name__}: {error}"
+        record.move(state, reason=reason, error=record.error)
+        record.end_phase("decode")
+        if request in self._queue:
+            self._queue.remove(request)
+        self._leave(request)
+        self._by_id.pop(record.request_id, None)
+        with self._lock:
+            self._num_accepted -= 1
+        self._on_end(record, error)
+        request.sink(Ended(record, error, reason, request.prefill_done, request.done))
