@@ -82,7 +82,6 @@ def pd(
 
 def show(options: "PdOptions", console: Console) -> None:
     """Measure, print, draw."""
-    from homkv.bench.jct.plots import plot
     from homkv.bench.jct.report import print_report, rates_table
     from homkv.bench.pd.run import PdBench, measured, rates_at_p99
 
@@ -97,6 +96,8 @@ def show(options: "PdOptions", console: Console) -> None:
         console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)
     console.print(f"record: {options.record}")
     if options.plots is not None:
+        from homkv.bench.jct.plots import plot
+
         for path in plot(summaries, options.plots, "pd", "Prefill and decode apart: job completion time"):
             console.print(str(path))
 
