@@ -1,5 +1,6 @@
 """`homkv bench jct --real` on a tiny model: every request once per format, times that add up, a record that reads."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_traces_are_scaled(tmp_path: Path) -> None:
     write_trace([Request(str(i), float(i), 1000 + i, 10) for i in range(5)], trace)
     found = trace_requests(trace, 3, 2.0, 0.1, seed=0)
     assert [(r.prompt_tokens, r.output_tokens) for r in found] == [(100, 2)] * 3
-    assert all(b.arrival_s > a.arrival_s for a, b in zip(found, found[1:], strict=False))
+    assert all(b.arrival_s > a.arrival_s for a, b in itertools.pairwise(found))
     with pytest.raises(TraceError):
         trace_requests(tmp_path / "missing.jsonl", 3, 2.0, 0.1, seed=0)
 
