@@ -53,7 +53,7 @@ class LayerPipe:
         self.busy_s += self.packed_s - start_s
         views = [x.view(torch.uint8).numpy().data for x in exact]
         self.sender.send(layer, views, theirs.pages.numpy().data)
-        if layer == self.probe_layer and not self.first_page:
+        if layer == self.probe_layer and not self.first_page and theirs.pages.shape[0]:
             self.error = _relative_error(self.target, theirs, k, v)
         return ours, theirs  # kept by the future: the sender's buffers must live until it is done
 

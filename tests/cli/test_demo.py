@@ -103,7 +103,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  
             raise KeyboardInterrupt
 
     tokenizer = SimpleNamespace(chat_template=None, encode=lambda text, **_: text.split())
-    monkeypatch.setattr(spawn, "LocalPair", NoPair)
+    monkeypatch.setattr(spawn, "LocalCluster", NoPair)
     monkeypatch.setattr("homkv.models.load_tokenizer", lambda name, progress: tokenizer)
 
     def call(*args: str) -> tuple[int, str, list[Any]]:

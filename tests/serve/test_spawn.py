@@ -21,7 +21,7 @@ from homkv.errors import TransferError
 from homkv.eval.compare import kl_divergence
 from homkv.models import LoadedModel
 from homkv.serve.client import Client, Query
-from homkv.serve.spawn import InstanceOptions, LocalPair
+from homkv.serve.spawn import InstanceOptions, LocalCluster
 
 IDS = prompt(150)
 
@@ -36,8 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def client(pair: LocalPair) -> Client:
-    return Client(pair.addresses["prefill"], pair.addresses["decode"], pair.security)
+def client(pair: LocalCluster) -> Client:
+    (prefill,), (decode,) = pair.addresses("prefill"), pair.addresses("decode")
+    return Client(prefill, decode, pair.security)
 
 
 def is_alive(pid: int) -> bool:
@@ -53,7 +54,7 @@ def test_the_life_of_a_pair(folder: Path, undisturbed: list[int]) -> None:
     """It answers, keeps its keys to itself, and when one process dies the error says which, with its log."""
     options = InstanceOptions(str(folder), ("fp16", "balanced"), link_gbps=0.004, num_threads=1, max_tokens=2048)
     lines: list[tuple[str, str]] = []
-    pair = LocalPair(options, lambda role, text: lines.append((role, text)))
+    pair = LocalCluster(options, lambda role, text: lines.append((role, text)))
 
     def live() -> None:
         with pair:
@@ -61,22 +62,22 @@ def test_the_life_of_a_pair(folder: Path, undisturbed: list[int]) -> None:
             check_keys(pair.folder)
             with client(pair) as made:
                 check_answer(made, undisturbed)
-                kill = pair.processes["prefill"].kill
+                kill = pair.processes["prefill-0"].kill
                 made.generate(Query(IDS, "balanced", 4), on_layer=lambda layer: kill(), timeout_s=20)
 
     files: list[Path] = []
-    with pytest.raises(TransferError, match="prefill instance ended with code -9; its log") as caught:
+    with pytest.raises(TransferError, match="prefill-0 instance ended with code -9; its log") as caught:
         live()
     assert isinstance(caught.value.__cause__, TransferError)  # what the client saw
-    assert {("prefill", "loading"), ("decode", "ready,")} <= {(role, text.split()[0]) for role, text in lines}
-    assert pair.processes["decode"].returncode == 0  # asked to stop, not killed
+    assert {("prefill-0", "loading"), ("decode-0", "ready,")} <= {(role, text.split()[0]) for role, text in lines}
+    assert pair.processes["decode-0"].returncode == 0  # asked to stop, not killed
     assert not files[0].exists()
 
 
 def check_keys(folder: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     keys = sorted(folder.glob("*.key"))
-    assert [key.name for key in keys] == ["decode.key", "prefill.key"]  # the client's never touches the disk
+    assert [key.name for key in keys] == ["decode-0.key", "prefill-0.key"]  # the client's never touches the disk
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
 
 
@@ -90,8 +91,8 @@ def check_answer(made: Client, expected: list[int]) -> None:
 
 def test_a_process_that_cannot_start_is_an_error_with_its_log(folder: Path) -> None:
     with (
-        pytest.raises(TransferError, match=r"(?s)decode instance to start.*code 2; its log:.*--num-threads"),
-        LocalPair(InstanceOptions(str(folder), ("balanced",), num_threads=0)),
+        pytest.raises(TransferError, match=r"(?s)decode-0 instance to start.*code 2; its log:.*--num-threads"),
+        LocalCluster(InstanceOptions(str(folder), ("balanced",), num_threads=0)),
     ):
         pytest.fail("started without threads")
 
@@ -115,13 +116,13 @@ def test_a_process_whose_input_ends_while_it_loads_does_not_start(folder: Path) 
 
 PARENT = """
 import json, sys, time
-from homkv.serve.spawn import InstanceOptions, LocalPair
+from homkv.serve.spawn import InstanceOptions, LocalCluster
 options = InstanceOptions(sys.argv[1], ("balanced",), num_threads=1)
 def report(role, text):
-    if role == "prefill" and text.startswith("ready"):
+    if role == "prefill-0" and text.startswith("ready"):
         print(json.dumps([p.pid for p in pair.processes.values()] + [str(pair.folder)]), flush=True)
         time.sleep(600)
-pair = LocalPair(options, report)
+pair = LocalCluster(options, report)
 pair.__enter__()
 """
 
@@ -149,7 +150,7 @@ def test_the_real_model_answers_in_two_processes(smollm2: LoadedModel) -> None:
     words = "Prefill computes the prompt, decode writes the answer, and the cache travels between them. " * 14
     ids = smollm2.tokenizer.encode(words)[:200]
     options = InstanceOptions("smollm2", ("fp16", "balanced"), max_tokens=1024)
-    with LocalPair(options) as pair, client(pair) as made:
+    with LocalCluster(options) as pair, client(pair) as made:
         exact = made.generate(Query(ids, "fp16", 8, return_logits=True))
         forced = Query(ids, "balanced", 8, forced_ids=exact.tokens, return_logits=True)
         ours = made.generate(forced)

@@ -1,0 +1,214 @@
+"""Many instances, and what happens when they fail: one end for every request, and streams that go on."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from serve_cases import ENDPOINT, OPEN, OPTIONS, PATIENCE_S, Running, prompt, twin, wait_until
+
+from homkv.errors import CapacityError, HomkvError, TransferError
+from homkv.models import LoadedModel
+from homkv.serve.decode import DecodeInstance
+from homkv.serve.dispatch import Dispatcher
+from homkv.serve.lifecycle import ENDS, Record
+from homkv.serve.messages import Progress, Sampling, Token
+from homkv.serve.prefill import PrefillInstance
+from homkv.serve.query import DispatchOptions, Ended, Query
+from homkv.transport.endpoint import LinkError
+
+QUERY = Query(prompt(150, seed=30), "balanced", 60, Sampling(temperature=0.8, seed=5))
+
+
+class Asked:
+    """A request and everything that its owner was told."""
+
+    def __init__(self, dispatcher: Dispatcher, query: Query = QUERY) -> None:
+        self.events: queue.SimpleQueue[Progress | Token | Ended] = queue.SimpleQueue()
+        self.tokens: list[int] = []
+        self.request_id = dispatcher.submit(query, self.events.put)
+
+    def until(self, num_tokens: int) -> None:
+        while len(self.tokens) < num_tokens:
+            event = self.events.get(timeout=PATIENCE_S)
+            assert isinstance(event, Token), event
+            assert event.index == len(self.tokens)
+            self.tokens.append(event.choice.token)
+
+    def end(self) -> Ended:
+        while not isinstance(event := self.events.get(timeout=PATIENCE_S), Ended):
+            if isinstance(event, Token):
+                assert event.index == len(self.tokens)
+                self.tokens.append(event.choice.token)
+        assert self.events.empty()  # nothing behind the end
+        return event
+
+
+def decoder(loaded: LoadedModel, endpoint: str = ENDPOINT, lease_s: float = 30.0) -> Running:
+    return Running(
+        DecodeInstance(twin(loaded), ["balanced"], endpoint, OPEN, max_tokens=4096, lease_s=lease_s, options=OPTIONS)
+    )
+
+
+def prefiller(loaded: LoadedModel, link_gbps: float | None = None) -> Running:
+    return Running(PrefillInstance(loaded, ENDPOINT, OPEN, link_gbps=link_gbps, options=OPTIONS))
+
+
+@contextmanager
+def dispatching(prefills: list[Running], decodes: list[Running], **limits: object) -> Iterator[Dispatcher]:
+    ended: list[tuple[Record, HomkvError | None]] = []
+    with Dispatcher(
+        [p.address for p in prefills],
+        [d.address for d in decodes],
+        OPEN,
+        limits=DispatchOptions(**limits),  # type: ignore[arg-type]
+        options=OPTIONS,
+        on_end=lambda record, error: ended.append((record, error)),
+    ) as made:
+        yield made
+    ids = [record.request_id for record, _ in ended]
+    assert len(ids) == len(set(ids))  # every request ends once
+    assert all(record.state in ENDS for record, _ in ended)
+
+
+def die(running: Running) -> None:
+    """Its sockets go without a word, as when the process is killed."""
+    instance = running.instance
+    if isinstance(instance, DecodeInstance):
+        instance._requests.clear()
+        instance._waiting.clear()
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed_tokens(loaded: LoadedModel) -> list[int]:
+    with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
+        asked = Asked(dispatcher)
+        assert asked.end().error is None
+        return asked.tokens
+
+
+def test_recompute_goes_on_where_the_stream_was(loaded: LoadedModel, undisturbed_tokens: list[int]) -> None:
+    with (
+        prefiller(loaded) as p,
+        decoder(loaded) as first,
+        decoder(loaded) as second,
+        dispatching([p], [first, second], policy="recompute") as dispatcher,
+    ):
+        wait_until(lambda: all(m.status for m in dispatcher.members))
+        asked = Asked(dispatcher)
+        asked.until(20)
+        busy = first if first.instance.num_requests else second
+        die(busy)
+        ended = asked.end()
+        assert ended.error is None
+        assert ended.record.num_attempts == 2
+        assert len(asked.tokens) == 60
+        assert asked.tokens[:20] == undisturbed_tokens[:20]
+        other = second if busy is first else first
+        wait_until(lambda: other.instance.num_requests == 0)
+
+
+def test_fail_says_so_and_frees_the_other_side(loaded: LoadedModel) -> None:
+    with prefiller(loaded, link_gbps=0.0004) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
+        asked = Asked(dispatcher)
+        wait_until(lambda: p.instance.num_requests == 1)
+        die(d)
+        ended = asked.end()
+        assert isinstance(ended.error, LinkError)
+        assert ended.record.state == "failed"
+        assert ended.record.num_attempts == 1
+        wait_until(lambda: p.instance.num_requests == 0)
+
+
+def test_a_prefill_instance_that_dies_is_replaced(loaded: LoadedModel, undisturbed_tokens: list[int]) -> None:
+    with (
+        prefiller(loaded, link_gbps=0.0004) as slow,
+        prefiller(loaded) as spare,
+        decoder(loaded) as d,
+        dispatching([slow, spare], [d], policy="recompute") as dispatcher,
+    ):
+        wait_until(lambda: all(m.status for m in dispatcher.members))
+        asked = Asked(dispatcher)
+        wait_until(lambda: slow.instance.num_requests == 1)
+        die(slow)
+        assert asked.end().error is None
+        assert asked.tokens == undisturbed_tokens
+
+
+def test_a_restarted_instance_is_found_again(loaded: LoadedModel, undisturbed_tokens: list[int]) -> None:
+    with prefiller(loaded) as p, decoder(loaded) as before, dispatching([p], [before]) as dispatcher:
+        wait_until(lambda: all(m.status for m in dispatcher.members))
+        endpoint = before.address.endpoint
+        die(before)
+        wait_until(lambda: dispatcher.members[1].status is None)
+        asked = Asked(dispatcher)  # waits for an instance
+        with decoder(loaded, endpoint):
+            assert asked.end().error is None
+            assert asked.tokens == undisturbed_tokens
+            assert dispatcher.members[1].num_restarts == 1
+
+
+def test_without_any_instance_a_request_fails_in_time(loaded: LoadedModel) -> None:
+    with prefiller(loaded) as p, decoder(loaded) as d:
+        die(d)
+        with dispatching([p], [d], no_instance_timeout_s=0.5) as dispatcher:
+            ended = Asked(dispatcher).end()
+            assert isinstance(ended.error, LinkError)
+            assert "none connected" in str(ended.error)
+
+
+def test_an_error_of_the_request_is_not_tried_again(loaded: LoadedModel) -> None:
+    with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d], policy="recompute") as dispatcher:
+        ended = Asked(dispatcher, Query(prompt(20), "balanced", 3000)).end()
+        assert type(ended.error).__name__ == "ShapeError"
+        assert ended.record.num_attempts == 1
+
+
+def test_a_heartbeat_keeps_a_slow_transfer_alive(loaded: LoadedModel) -> None:
+    """A layer takes longer than a lease; the dispatcher says that it is still wanted."""
+    with (
+        prefiller(loaded, link_gbps=0.0001) as p,
+        decoder(loaded, lease_s=1.0) as d,
+        dispatching([p], [d]) as dispatcher,
+    ):
+        asked = Asked(dispatcher, Query(prompt(150, seed=31), "balanced", 3))
+        start_s = time.monotonic()
+        assert asked.end().error is None
+        assert time.monotonic() - start_s > 2.0
+        assert d.instance.status.counters["leases_expired"] == 0
+
+
+def test_load_is_shared_and_capped(loaded: LoadedModel) -> None:
+    with (
+        prefiller(loaded) as p,
+        decoder(loaded) as first,
+        decoder(loaded) as second,
+        dispatching([p], [first, second], max_requests=4) as dispatcher,
+    ):
+        wait_until(lambda: all(m.status for m in dispatcher.members))
+        asked = [Asked(dispatcher, Query(prompt(20, seed=i), "balanced", 200)) for i in range(4)]
+        with pytest.raises(CapacityError, match="fewer than 4"):
+            Asked(dispatcher)
+        for each in asked:
+            each.until(1)
+        assert (first.instance.num_requests, second.instance.num_requests) == (2, 2)
+        dispatcher.cancel(asked[0].request_id)
+        ended = asked[0].end()
+        assert isinstance(ended.error, TransferError)
+        assert ended.record.state == "cancelled"
+        assert all(each.end().error is None for each in asked[1:])
+        assert dispatcher.num_accepted == 0
+
+
+def test_closing_ends_every_request(loaded: LoadedModel) -> None:
+    with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
+        asked = [Asked(dispatcher, Query(prompt(20, seed=i), "balanced", 1000)) for i in range(3)]
+        asked[0].until(1)
+        threading.Thread(target=dispatcher.close).start()
+        assert [each.end().record.state for each in asked] == ["cancelled"] * 3
+        with pytest.raises(TransferError, match="closed"):
+            dispatcher.submit(QUERY, lambda event: None)
+        wait_until(lambda: d.instance.num_requests == 0 and p.instance.num_requests == 0)
