@@ -114,7 +114,7 @@ class PagedCache(SequenceTable):
         k, v = to_exact(k, self.exact_dtype, "keys", status), to_exact(v, self.exact_dtype, "values", status)
         k = torch.cat((self._exact_k[layer][slot, :, :held], k), 1)
         v = torch.cat((self._exact_v[layer][slot, :, :held], v), 1)
-        return seal(self.codec, k, v, pages, self.impl, status)
+        return seal(self.codec.at_layer(layer, self.num_layers), k, v, pages, self.impl, status)
 
     def _commit(self, layer: int, sequence: Sequence, content: LayerContent) -> None:
         """Write the content's pages behind those that are there and replace the exact tokens."""

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from homkv.cli.bench_pd import overlaps_of
 from homkv.errors import ShapeError, UnsupportedError
 
 
@@ -21,6 +22,7 @@ def jct(
     rate: Annotated[float, typer.Option(help="Arrivals per second, a Poisson process.")] = 0.25,
     prompt_tokens: Annotated[str, typer.Option(help="Range of prompt lengths.")] = "256-768",
     max_new_tokens: Annotated[str, typer.Option(help="Range of answer lengths.")] = "16-48",
+    overlap: Annotated[str, typer.Option(help="Layers travel while the next compute: on, off or both.")] = "on",
     repetitions: Annotated[int, typer.Option(help="Turns of every format.")] = 2,
     num_threads: Annotated[int, typer.Option(help="Compute threads of each instance.")] = 1,
     steps: Annotated[bool, typer.Option(help="Time single steps too, for `homkv sim validate`.")] = True,
@@ -46,6 +48,7 @@ def jct(
         model=model,
         formats=tuple(dict.fromkeys(formats)),
         links=tuple(link_gbps or (0.1, 1.0, 10.0)),
+        overlaps=overlaps_of(overlap),
         repetitions=repetitions,
         num_threads=num_threads,
         steps=steps,

@@ -83,7 +83,9 @@ def _instances(
         settings.threads,
         settings.max_tokens,
         log_json=settings.log_json,
-        prefill={name: getattr(settings, name) for name in ("source", "chunk_tokens", "prefix_bytes", "drain_s")},
+        prefill={
+            name: getattr(settings, name) for name in ("source", "chunk_tokens", "prefix_bytes", "overlap", "drain_s")
+        },
         decode={name: getattr(settings, name) for name in DECODE_SETTINGS},
     )
     cluster = LocalCluster(options, lambda name, text: console.print(f"{name}: {text}", highlight=False))

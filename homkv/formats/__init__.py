@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from homkv.errors import FormatError
 from homkv.formats.base import EIGHT_BIT, UNROUNDED, PageCodec, Rounding
+from homkv.formats.cachegen import CachegenCodec, CachegenOptions
 from homkv.formats.exact import EXACT_DTYPES, ExactCodec
 from homkv.formats.fp8 import Fp8Codec
 from homkv.formats.hack import HackCodec, HackOptions
@@ -24,8 +25,9 @@ WITH_OPTIONS: dict[str, Callable[[int, Switches, Channels], PageCodec]] = {
     "hack-2026": lambda head_dim, options, _: Hack2026Codec(head_dim, Hack2026Options.parse(options)),
     "kivi": lambda head_dim, options, _: KiviCodec(head_dim, KiviOptions.parse(options)),
     "kvquant": lambda head_dim, options, rope: KvquantCodec(head_dim, KvquantOptions.parse(options), rotation(rope)),
+    "cachegen": lambda head_dim, options, _: CachegenCodec(head_dim, CachegenOptions.parse(options)),
 }
-LISTED = ("hack", "hack-2026", "kivi", "kivi:bits=4", "kvquant", "kvquant:bits=3")
+LISTED = ("hack", "hack-2026", "kivi", "kivi:bits=4", "kvquant", "kvquant:bits=3", "cachegen", "cachegen:as=published")
 
 
 def rotation(rope: Channels) -> RopeSpec | None:

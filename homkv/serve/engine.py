@@ -55,6 +55,7 @@ def plan_sequence(
         num_pages=codec.num_pages(num_tokens),
         num_exact=codec.num_exact(num_tokens),
         first_page=first_page,
+        coder=codec.coder,
     )
 
 

@@ -49,7 +49,7 @@ class PrefillInstance:
     """Computes prompts and sends their KV to the decode instances that the requests name.
 
     ``source``: format in which prompts are kept here and from which the wire's format is made. ``chunk_tokens``: of one
-    turn. ``prefix_bytes``: for pages of finished prompts.
+    turn. ``prefix_bytes``: for pages of finished prompts. ``overlap``: layers travel while the next ones are computed.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class PrefillInstance:
         source: str = "fp16",
         chunk_tokens: int = 512,
         prefix_bytes: int = 256 << 20,
+        overlap: bool = True,
         link_gbps: float | None = None,
         options: LinkOptions = DEFAULTS,
     ) -> None:
@@ -72,7 +73,7 @@ class PrefillInstance:
         self.listener = Listener(endpoint, ToPrefill, security, options)
         self.status = StatusBoard("prefill", loaded.fingerprint, [self.source.name])
         self.is_draining = False
-        self._shaper = LinkShaper(link_gbps)
+        self._shaper, self._overlap = LinkShaper(link_gbps), overlap
         self._turns: Turns[PromptJob] = Turns()
         self._sending: list[PromptJob] = []
         self._closer = ThreadPoolExecutor(4, thread_name_prefix="close")  # closing may wait for a dead peer
@@ -258,7 +259,16 @@ class PrefillInstance:
         self._num_begun += 1
         probed = self._num_begun % PROBE_EVERY == 1
         middle = self.loaded.num_layers // 2
-        return LayerPipe(self.source, target, sender, ask.first_page, job.kept, middle if probed else None)
+        return LayerPipe(
+            self.source,
+            target,
+            self.loaded.num_layers,
+            sender,
+            ask.first_page,
+            job.kept,
+            middle if probed else None,
+            self._overlap,
+        )
 
     # -- sending -----------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from homkv.errors import FormatError, ShapeError, TraceError, TransferError
 from homkv.sim.record import PHASES
 from homkv.sim.trace import Request, write_trace
 
-FORMATS = ("fp16", "balanced", "kivi")
+FORMATS = ("fp16", "balanced", "cachegen")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_format_gets_the_same_requests(folder: Path, tmp_path: Path) -> None:
-    requests = uniform_requests(3, (150, 200), (2, 4), 20.0, seed=0)
+    requests = uniform_requests(3, (280, 320), (2, 4), 20.0, seed=0)
     record = tmp_path / "jct.jsonl"
     options = JctOptions(tuple(requests), record, model=str(folder), formats=FORMATS, links=(1.0,), repetitions=1)
     bench = JctBench(options, Console(quiet=True))
@@ -60,9 +60,9 @@ def test_every_format_gets_the_same_requests(folder: Path, tmp_path: Path) -> No
             assert sum(getattr(r, phase) for phase in PHASES) == pytest.approx(r.jct_s, abs=1e-6)
             assert r.ttft_s <= r.jct_s
         assert 0 < (run.info.peak_kv_bytes or 0) <= sum(r.kv_bytes for r in run.requests)
-    exact, ours, kivi = (sum(r.wire_bytes for r in run.requests) for run in runs)
+    exact, ours, cachegen = (sum(r.wire_bytes for r in run.requests) for run in runs)
     assert ours < exact
-    assert kivi < exact
+    assert cachegen < exact
     check_report(runs, tmp_path)
 
 

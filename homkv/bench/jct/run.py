@@ -1,5 +1,6 @@
 """`homkv bench jct --real`: which replays, in which order, and their record."""
 
+import os
 import platform
 import random
 import sys
@@ -31,7 +32,7 @@ from homkv.sim.record import Run, RunInfo, StepSample, read_record, write_record
 from homkv.sim.trace import Request, poisson_arrivals, read_trace, scaled
 from homkv.texts import essays
 
-FORMATS = ("fp16", "fp8", "kvquant", "kivi", "hack", "hack-2026", "small", "balanced")
+FORMATS = ("fp16", "fp8", "cachegen", "kvquant", "kivi", "hack", "hack-2026", "small", "balanced")
 ABLATIONS = ("hack:se=0", "hack:rqe=0", "hack:pi=32", "hack:pi=128")
 
 
@@ -44,6 +45,7 @@ class JctOptions:
     model: str = "smollm2"
     formats: tuple[str, ...] = FORMATS
     links: tuple[float, ...] = (0.1, 1.0, 10.0)
+    overlaps: tuple[bool, ...] = (True,)  # layers travel while the next are computed
     repetitions: int = 2
     num_threads: int = 1
     steps: bool = True  # time steps as well, as `homkv sim validate` needs them
@@ -109,10 +111,11 @@ class JctBench:
         options.record.unlink(missing_ok=True)
         self._ids = load_tokenizer(options.model)(essays(), add_special_tokens=False)["input_ids"]
         prompts = cut_prompts(self._ids, options.requests)
-        total = len(options.links) * options.repetitions * len(options.formats)
+        total = len(options.links) * len(options.overlaps) * options.repetitions * len(options.formats)
         with self._progress(total) as advance:
             for link in options.links:
-                self._on_link(link, prompts, advance)
+                for overlap in options.overlaps:
+                    self._on_link(link, overlap, prompts, advance)
         return list(read_record(options.record).values()) if options.record.exists() else []
 
     @contextmanager
@@ -122,7 +125,7 @@ class JctBench:
             progress.add_task("starting instances", total=total)
             yield progress
 
-    def _on_link(self, link: float, prompts: Sequence[Prompt], progress: Progress) -> None:
+    def _on_link(self, link: float, overlap: bool, prompts: Sequence[Prompt], progress: Progress) -> None:
         options, task = self.options, progress.task_ids[0]
         settings = InstanceOptions(
             options.model,
@@ -131,7 +134,7 @@ class JctBench:
             num_threads=options.num_threads,
             max_tokens=options.longest + 1024,
             # Every prompt is another text and is computed in one piece, so that its layers leave while it is.
-            prefill={"prefix_bytes": 0, "chunk_tokens": options.longest},
+            prefill={"prefix_bytes": 0, "chunk_tokens": options.longest, "overlap": overlap},
             decode={"share_prefixes": False},
         )
         with LocalCluster(settings) as cluster:
@@ -143,7 +146,7 @@ class JctBench:
                 for repetition in range(options.repetitions):
                     for name in options.formats:
                         progress.update(task, description=f"{name}, {link:g} Gb/s")
-                        self._measure(cluster, clients, prompts, name, link, repetition)
+                        self._measure(cluster, clients, prompts, (name, link, overlap, repetition))
                         progress.advance(task)
             finally:
                 clients.close()
@@ -166,15 +169,12 @@ class JctBench:
         self._num_layers = max(self._num_layers, count)
 
     def _measure(
-        self,
-        cluster: LocalCluster,
-        clients: Clients,
-        prompts: Sequence[Prompt],
-        name: str,
-        link: float,
-        repetition: int,
+        self, cluster: LocalCluster, clients: Clients, prompts: Sequence[Prompt], what: tuple[str, float, bool, int]
     ) -> None:
-        options, run_id = self.options, f"{link:g}gbps/{name}/{repetition}"
+        """One run of one format: ``what`` is format, link, overlap and repetition."""
+        name, link, overlap, repetition = what
+        options, how = self.options, "" if overlap else "no-overlap/"
+        run_id = f"{link:g}gbps/{how}{name}/{repetition}"
         if time.monotonic() >= self.end_s:
             self.skipped.append(f"{run_id}: the time was used up")
             return
@@ -193,12 +193,18 @@ class JctBench:
             machine=machine(),
             seed=options.seed,
             link_gbps=link,
+            overlap=overlap,
             num_layers=self._num_layers,
             reserves_early=True,
             peak_kv_bytes=peak_kv_bytes(finished),
             peak_memory_bytes=memory.peak_bytes or None,
             unix_time=int(time.time()),
-            options={"case": f"{link:g} Gb/s", "threads": str(options.num_threads)},
+            options={
+                "case": f"{link:g} Gb/s",
+                "variant": "" if overlap else "(no overlap)",
+                "threads": str(options.num_threads),
+                "load_average": " ".join(f"{x:.1f}" for x in os.getloadavg()),
+            },
         )
         steps = [msgspec.structs.replace(step, run_id=run_id) for step in self._steps.get(name, [])]
         write_record(options.record, [info, *steps, *(f.record(run_id) for f in finished)], append=True)
