@@ -70,7 +70,7 @@ def test_a_record_of_a_whole_run(tmp_path: Path) -> None:
 def test_a_cell_that_takes_too_long_is_left_out_and_the_next_one_runs(tmp_path: Path) -> None:
     options = PdOptions(
         ("cpu",), ("cpu",), tmp_path / "pd.jsonl", model="tiny", workloads=("tiny",), formats=("small",),
-        links=("0.0001", "1"), rate_rps=50.0, requests=3, slots=2, cell_timeout_s=8.0, budget_s=100,
+        links=("0.0001", "1"), rate_rps=50.0, requests=3, slots=2, cell_timeout_s=10.0, budget_s=100,
     )  # fmt: skip
     bench = PdBench(options, Console(quiet=True))
     runs = bench.run()

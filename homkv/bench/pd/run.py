@@ -23,6 +23,7 @@ from homkv.sim.record import Line, Run, RunInfo, StepSample, read_record, write_
 from homkv.sim.trace import Request
 
 GIB = 2**30
+START_TIMEOUT_S = 180.0  # until workers have their model and their connections
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ class PdBench:
         if now_s >= self.end_s:
             self.skipped.append(f"{point.run_id}: the time was used up")
             return
-        deadline_s = min(now_s + self.options.cell_timeout_s, self.end_s)
         try:
-            pool = self._pool or self._open(deadline_s)
+            pool = self._pool or self._open(min(now_s + START_TIMEOUT_S, self.end_s))
+            deadline_s = min(time.monotonic() + self.options.cell_timeout_s, self.end_s)
             self._probe(pool, point, deadline_s)
             outcome = run_cell(pool, point.cell, point.requests, deadline_s, on_done)
         except CellError as error:
