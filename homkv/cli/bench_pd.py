@@ -83,7 +83,8 @@ def pd(
 def show(options: "PdOptions", console: Console) -> None:
     """Measure, print, draw."""
     from homkv.bench.jct.report import print_report, rates_table
-    from homkv.bench.pd.run import PdBench, measured, rates_at_p99
+    from homkv.bench.jct.summary import measured
+    from homkv.bench.pd.run import PdBench, rates_at_p99
 
     bench = PdBench(options, console)
     summaries = measured(bench.run())

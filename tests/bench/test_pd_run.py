@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from homkv.bench.jct.summary import measured
 from homkv.bench.pd.cell import run_cell
-from homkv.bench.pd.messages import Cell
+from homkv.bench.pd.messages import Cell, Closed
 from homkv.bench.pd.options import PdOptions, known_prefill
 from homkv.bench.pd.pool import CellError, Pool, PoolOptions
-from homkv.bench.pd.run import PdBench, measured, rates_at_p99
+from homkv.bench.pd.run import PdBench, rates_at_p99
 from homkv.bench.pd.workload import WORKLOADS, poisson
 from homkv.cli import main
 from homkv.cli.bench_pd import overlaps_of, split_devices
@@ -67,16 +68,23 @@ def test_a_record_of_a_whole_run(tmp_path: Path) -> None:
     assert next(rate.name for _, rate in rates_at_p99([base, small], "0.8")) == "bf16"
 
 
-def test_a_cell_that_takes_too_long_is_left_out_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_a_cell_that_fails_is_left_out_and_the_next_one_runs(tmp_path: Path) -> None:
+    """16-bit KV of the longest prompt does not fit in the budget; ours does, on new workers."""
     options = PdOptions(
-        ("cpu",), ("cpu",), tmp_path / "pd.jsonl", model="tiny", workloads=("tiny",), formats=("small",),
-        links=("0.0001", "1"), rate_rps=50.0, requests=3, slots=2, cell_timeout_s=10.0, budget_s=100,
+        ("cpu",), ("cpu",), tmp_path / "pd.jsonl", model="tiny", workloads=("tiny",), formats=("bf16", "small"),
+        links=("1",), rate_rps=50.0, requests=3, slots=2, kv_budget_gib=250_000 / 2**30, budget_s=300,
     )  # fmt: skip
     bench = PdBench(options, Console(quiet=True))
     runs = bench.run()
     assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/0"]
     assert len(bench.skipped) == 1
-    assert "in time" in bench.skipped[0]
+    assert "CapacityError" in bench.skipped[0]
+    assert (runs[0].info.peak_kv_bytes or 0) <= 250_000
+
+
+def test_waiting_ends(pool: Pool) -> None:
+    with pytest.raises(CellError, match=r"expected Closed of workers \[0\] in time"):
+        pool.gather(Closed, [0], time.monotonic() + 0.05)
 
 
 def test_a_worker_that_fails_is_an_error_with_its_log() -> None:

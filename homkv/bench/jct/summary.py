@@ -73,6 +73,13 @@ def summarize(runs: Iterable[Run]) -> list[Summary]:
     return [Summary(case, name, tuple(members)) for (case, name), members in groups.items()]
 
 
+def measured(runs: Iterable[Run]) -> list[Summary]:
+    """What tables show: all runs but calibrations, case by case."""
+    out = [s for s in summarize(runs) if s.options.get("load") != "calibration"]
+    order = list(dict.fromkeys(s.case for s in out))
+    return sorted(out, key=lambda s: order.index(s.case))
+
+
 def baseline_of(summary: Summary, all_of: Sequence[Summary], name: str) -> Summary | None:
     """The run of format ``name`` in the same case, without a variant of its own."""
     return next((s for s in all_of if s.case == summary.case and s.name == name), None)

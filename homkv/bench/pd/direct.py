@@ -33,7 +33,10 @@ def join(start: Start, device: torch.device) -> dict[tuple[int, int], dist.Proce
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=start.rank, world_size=world, timeout=TIMEOUT)
     pairs = [(p, start.num_prefill + d) for p in range(start.num_prefill) for d in range(start.num_decode)]
-    groups = {pair: dist.new_group(list(pair), timeout=TIMEOUT) for pair in pairs}
+    options = None
+    if backend == "nccl":  # sends and receives share their GPU with the computation, and must not wait behind it
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    groups = {pair: dist.new_group(list(pair), timeout=TIMEOUT, pg_options=options) for pair in pairs}
     for (source, target), group in groups.items():  # the first transfer sets up the connection
         word = torch.zeros(1024, dtype=torch.uint8, device=device)
         if start.rank == source:

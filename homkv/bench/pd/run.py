@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from homkv.bench.generate import MODELS
-from homkv.bench.jct.summary import RateAtP99, Summary, rate_at_p99, summarize
+from homkv.bench.jct.summary import RateAtP99, Summary, rate_at_p99
 from homkv.bench.pd.cell import Outcome, run_cell
 from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import Cell
@@ -229,13 +229,6 @@ def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> 
         unix_time=int(time.time()),
         options=extra,
     )
-
-
-def measured(runs: list[Run]) -> list[Summary]:
-    """What tables show: all runs but calibrations, case by case."""
-    out = [s for s in summarize(runs) if s.options.get("load") != "calibration"]
-    order = list(dict.fromkeys(s.case for s in out))
-    return sorted(out, key=lambda s: order.index(s.case))
 
 
 def rates_at_p99(summaries: list[Summary], load: str) -> list[tuple[str, RateAtP99]]:

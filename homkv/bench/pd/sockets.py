@@ -251,8 +251,9 @@ class Incoming:
 
 
 def side_stream(device: torch.device) -> torch.Stream:
-    """A stream beside the computation's."""
-    stream: torch.Stream = torch.get_device_module(device).Stream()
+    """A stream beside the computation's; on a GPU its small kernels go first, or each would wait for a large one."""
+    module = torch.get_device_module(device)
+    stream: torch.Stream = module.Stream(priority=-1) if device.type == "cuda" else module.Stream()
     return stream
 
 

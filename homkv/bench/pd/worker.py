@@ -11,13 +11,14 @@ import msgspec
 import torch
 
 from homkv.bench.generate import MODELS, random_model
-from homkv.bench.pd.messages import Failed, FromWorker, Start, ToWorker
+from homkv.bench.pd.messages import Failed, Start, ToWorker
 from homkv.errors import HomkvError, TransferError
 from homkv.generate.fuse import fused_norms
 from homkv.generate.loop import attention_of
 
 _decoder = msgspec.json.Decoder(ToWorker)
 SEED = 0  # of the weights: every worker has the same
+SWITCH_S = 2e-4  # threads that move bytes take the interpreter from the one that launches kernels within this time
 
 
 class Worker(ABC):
@@ -107,6 +108,7 @@ def make_worker(start: Start) -> Worker:
 
 def main() -> int:
     """Run a worker whose first line of input is Start. Exit code 2 behind an error that was reported."""
+    sys.setswitchinterval(SWITCH_S)
     start = _decoder.decode(sys.stdin.buffer.readline())
     if not isinstance(start, Start):
         raise TransferError(f"expected Start as the first line, found {start}; `homkv bench pd` starts workers")
@@ -120,8 +122,6 @@ def main() -> int:
         raise
     return 0
 
-
-__all__ = ["FromWorker", "Worker", "main"]
 
 if __name__ == "__main__":
     # Threads that wait on sockets would keep the interpreter; there is nothing left to clean up.

@@ -1,0 +1,26 @@
+"""``homkv bench report``: tables and plots of records that were written before."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report(
+    records: Annotated[list[Path], typer.Argument(help="JSONL of `homkv bench jct`, `homkv bench pd` or `homkv sim`.")],
+    plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
+) -> None:
+    """Print job completion times that were recorded, as the command that wrote them would have."""
+    from homkv.bench.jct.report import print_report
+    from homkv.bench.jct.summary import measured
+    from homkv.sim.record import read_record
+
+    for path in records:
+        summaries = measured(read_record(path).values())
+        print_report(summaries, Console())
+        if plots is not None:
+            from homkv.bench.jct.plots import plot
+
+            for file in plot(summaries, plots, path.stem, f"{path.stem}: job completion time"):
+                print(file)
