@@ -1,5 +1,6 @@
 """``homkv bench pd``: prefill and decode on devices of their own."""
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from homkv.errors import ShapeError
 
 if TYPE_CHECKING:
     from homkv.bench.pd.options import PdOptions
+    from homkv.bench.pd.run import PdBench
 
 
 def pd(
@@ -81,13 +83,24 @@ def pd(
 
 
 def show(options: "PdOptions", console: Console) -> None:
-    """Measure, print, draw."""
+    """Measure and print; what was measured is printed however the run ends."""
+    from homkv.bench.pd.run import PdBench
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
+    bench = PdBench(options, console)
+    try:
+        bench.run()
+    finally:
+        print_bench(bench, console)
+
+
+def print_bench(bench: "PdBench", console: Console) -> None:
+    """Tables of a bench's record, what was left out, plots."""
     from homkv.bench.jct.report import print_report, rates_table
     from homkv.bench.jct.summary import measured
-    from homkv.bench.pd.run import PdBench, rates_at_p99
+    from homkv.bench.pd.run import rates_at_p99
 
-    bench = PdBench(options, console)
-    summaries = measured(bench.run())
+    options, summaries = bench.options, measured(bench.recorded())
     print_report(summaries, console)
     target = "0.8" if 0.8 in options.loads else f"{options.loads[0]:g}"
     rates = rates_at_p99(summaries, target)

@@ -36,6 +36,8 @@ class Batch:
         self._rows = {n: slots.rows(n) for n in bucket_sizes(count)}
         self._caches = {n: _RowsCache(rows, layers) for n, rows in self._rows.items()}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._host = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -69,8 +71,20 @@ class Batch:
             self._graphs[n].replay()
         else:
             self._forward(n)
-        tokens: list[int] = self._tokens[:n, 0].tolist()
+        tokens = self._fetch(n)
         return [tokens[slot] for slot in slots]
+
+    def _fetch(self, n: int) -> list[int]:
+        """The newest tokens of the first rows.
+
+        Waits on an event: a copy to unpinned memory waits inside the driver, and threads that move layers with it.
+        """
+        self._host[:n].copy_(self._tokens[:n, 0], non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+            self._done.synchronize()
+        tokens: list[int] = self._host[:n].tolist()
+        return tokens
 
     def _forward(self, n: int) -> None:
         self._rows[n].advance()

@@ -44,7 +44,7 @@ def record(run_id: str, life: Life, kv_bytes: Callable[[int], int]) -> RequestRe
     assert life.prefilled is not None
     assert life.finished is not None
     p, f, request = life.prefilled, life.finished, life.request
-    moments = [life.arrival_s, p.start_s, p.computed_s, p.computed_s, p.sent_s, f.loaded_s, f.first_token_s, f.done_s]
+    moments = [life.arrival_s, p.start_s, p.computed_s, p.computed_s, p.sent_s, f.arrived_s, f.first_token_s, f.done_s]
     for i in range(1, len(moments)):
         moments[i] = max(moments[i], moments[i - 1])
     queue, prefill, pack, transfer, unpack, wait, decode = (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from homkv.bench.pd import direct
 from homkv.bench.pd.batch import Batch
+from homkv.bench.pd.digest import DeviceDigest
 from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import (
     Cell,
@@ -42,17 +43,17 @@ class Sequence:
 
     ask: Reserve
     slot: int
-    payloads: dict[int, Tensor] = field(default_factory=dict)  # layers that are not complete
+    payloads: dict[int, Tensor] = field(default_factory=dict)  # by layer; direct links: with their trailers
     missing: dict[int, int] = field(default_factory=dict)  # layer -> bytes that have not come
     layers_left: int = 0
     first_token: int | None = None
-    loaded_s: float = 0.0
+    arrived_s: float = 0.0
     first_token_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Arrived:
     """All of a request is there."""
 
     request: int
@@ -75,6 +76,8 @@ class DecodeWorker(Worker):
         self._log: list[tuple[int, int, float]] = []
         self._form: Form | None = None
         self._batch: Batch | None = None
+        self._digest = DeviceDigest(self.device)
+        self._digest_s, self._digest_bytes = 0.0, 0
         self.say(Hello(self._listener.getsockname()[1]))
 
     @property
@@ -97,7 +100,7 @@ class DecodeWorker(Worker):
                 self._open(event.cell)
             case Reserve():
                 self._waiting.append(event)
-            case Loaded():
+            case Arrived():
                 self._start(self._sequences[event.request])
             case Close():
                 self._close()
@@ -109,13 +112,13 @@ class DecodeWorker(Worker):
         sockets = accept(self._listener, start.token, start.num_prefill * lanes)
         tcp = [s for (_, lane), s in sockets.items() if lane < start.lanes]
         self._incoming = [
-            Incoming(tcp, start.chunk_bytes, self.device, self._place, self._arrived, self._finish, self.fail)
+            Incoming(tcp, start.chunk_bytes, self.device, self._place, self._count, self._finish, self.fail)
         ]
         if has_direct:
             groups = direct.join(start, self.device)
             for rank in range(start.num_prefill):
                 lane, group = sockets[rank, start.lanes], groups[rank, start.rank]
-                link = direct.DirectIncoming(lane, group, rank, self.device, self._load_whole, self._finish, self.fail)
+                link = direct.DirectIncoming(lane, group, rank, self.device, self._take_whole, self._finish, self.fail)
                 self._direct.append(link)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.say(Connected(name, self.model.num_parameters()))
@@ -136,8 +139,7 @@ class DecodeWorker(Worker):
         self.batch.slots.peak_bytes = 0
         for link in self._incoming:
             link.digests.reset()
-        for pair in self._direct:
-            pair.digest_s, pair.digest_bytes = 0.0, 0
+        self._digest_s, self._digest_bytes = 0.0, 0
         self._log.clear()
         self.reset_peak()
         self.say(Opened(self.batch.slots.allocated_bytes, self._steps))
@@ -182,24 +184,19 @@ class DecodeWorker(Worker):
                 sequence.missing[layer] = size
             return sequence.payloads[layer]
 
-    def _arrived(self, request: int, layer: int, num_bytes: int) -> None:
+    def _count(self, request: int, layer: int, num_bytes: int) -> None:
+        """So many more bytes of a layer are in their place, and verified."""
         sequence = self._sequence(request, layer)
         with self._lock:
             sequence.missing[layer] -= num_bytes
-            payload = sequence.payloads.pop(layer) if sequence.missing[layer] == 0 else None
-        if payload is not None:
-            self._load(sequence, layer, payload)
+            sequence.layers_left -= sequence.missing[layer] == 0
+        self._check_complete(sequence)
 
-    def _load_whole(self, request: int, layer: int, payload: Tensor) -> None:
-        """A layer that came in one piece."""
-        self._load(self._sequence(request, layer), layer, payload)
-
-    def _load(self, sequence: Sequence, layer: int, payload: Tensor) -> None:
-        """Put a verified layer in its place, on the calling thread's stream, and wait for it."""
-        self.batch.slots.load(sequence.slot, layer, sequence.ask.prompt_tokens, payload)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+    def _take_whole(self, request: int, layer: int, message: Tensor) -> None:
+        """A layer that came in one piece, with its trailer."""
+        sequence = self._sequence(request, layer)
         with self._lock:
+            sequence.payloads[layer] = message
             sequence.layers_left -= 1
         self._check_complete(sequence)
 
@@ -211,11 +208,11 @@ class DecodeWorker(Worker):
 
     def _check_complete(self, sequence: Sequence) -> None:
         with self._lock:
-            is_complete = sequence.layers_left == 0 and sequence.first_token is not None and not sequence.loaded_s
+            is_complete = sequence.layers_left == 0 and sequence.first_token is not None and not sequence.arrived_s
             if is_complete:
-                sequence.loaded_s = time.monotonic()
+                sequence.arrived_s = time.monotonic()
         if is_complete:
-            self.mailbox.put(Loaded(sequence.ask.request))
+            self.mailbox.put(Arrived(sequence.ask.request))
 
     # -- decoding, in the main thread --------------------------------------------------------------------------
 
@@ -251,12 +248,32 @@ class DecodeWorker(Worker):
         return True
 
     def _start(self, sequence: Sequence) -> None:
-        """Give out the first token, which prefill computed, and decode from the next step on."""
+        """Put a prompt in its place, give out its first token, and decode from the next step on.
+
+        Here and not where the layers arrive: kernels of another stream would each wait for the step that runs.
+        """
         assert sequence.first_token is not None
+        assert self._form is not None
+        size = self._form.payload_bytes(sequence.ask.prompt_tokens)
+        self._verify(sequence, size)
+        for layer, message in sequence.payloads.items():
+            self.batch.slots.load(sequence.slot, layer, sequence.ask.prompt_tokens, message[:size])
+        sequence.payloads.clear()
         self.batch.join(sequence.slot, sequence.ask.prompt_tokens, sequence.first_token)
         sequence.first_token_s = time.monotonic()
         self._running.append(sequence)
         self._take_token(sequence, sequence.first_token)
+
+    def _verify(self, sequence: Sequence, size: int) -> None:
+        """Compare the trailers of layers that came from device to device. Raises TransferError."""
+        sealed = [message for message in sequence.payloads.values() if len(message) > size]
+        if not sealed:
+            return
+        start_s = time.perf_counter()
+        if not bool(torch.stack([self._digest.is_intact(message, size) for message in sealed]).all()):
+            raise TransferError(f"expected the bytes of request {sequence.ask.request} unchanged, found others")
+        self._digest_s += time.perf_counter() - start_s
+        self._digest_bytes += size * len(sealed)
 
     def _take_token(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
@@ -266,12 +283,12 @@ class DecodeWorker(Worker):
         self.batch.leave(sequence.slot)
         with self._lock:
             del self._sequences[sequence.ask.request]
-        times = (sequence.loaded_s, sequence.first_token_s, time.monotonic())
+        times = (sequence.arrived_s, sequence.first_token_s, time.monotonic())
         self.say(Finished(sequence.ask.request, *times, sequence.tokens))
 
     def _close(self) -> None:
         self.batch.slots.check()
         costs = [(x.digests.seconds, x.digests.num_bytes) for x in self._incoming]
-        costs += [(x.digest_s, x.digest_bytes) for x in self._direct]
+        costs.append((self._digest_s, self._digest_bytes))
         seconds, size = sum(s for s, _ in costs), sum(n for _, n in costs)
         self.say(Closed(self.batch.slots.peak_bytes, self.peak_bytes(), seconds, size, self._log))

@@ -127,7 +127,7 @@ class Finished(_Message, frozen=True):
     """A request has all its tokens."""
 
     request: int
-    loaded_s: float  # all layers verified and in place
+    arrived_s: float  # all layers and the first token
     first_token_s: float
     done_s: float
     tokens: list[int]

@@ -77,7 +77,12 @@ class PdBench:
                     self._measure(point, lambda: progress.advance(task))
         finally:
             self._close()
-        return list(read_record(options.record).values()) if options.record.exists() else []
+        return self.recorded()
+
+    def recorded(self) -> list[Run]:
+        """What the record holds."""
+        record = self.options.record
+        return list(read_record(record).values()) if record.exists() else []
 
     def _points(self) -> Iterator[Point]:
         """Calibrations first, then format by format: what workers prepared for a format serves all its cells."""
