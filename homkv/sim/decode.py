@@ -1,7 +1,7 @@
 """A decode instance: continuous batching without an event per token.
 
-Between two admissions or completions the batch is constant: B sequences, which hold S tokens and grow by B per step. So n
-steps take, exactly,
+Between two admissions or completions the batch is constant: B sequences, which hold S tokens and grow by B per step.
+So n steps take, exactly,
 
     n g(B) + c (n S + B n (n - 1) / 2)          g: a step without contexts, c: per token of context
 

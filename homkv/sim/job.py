@@ -89,7 +89,8 @@ class Tally:
         if name == "tpot_s":
             return self.column("decode_s") / np.maximum(self.column("output_tokens") - 1, 1)
         values = self.seconds[name] if name in self.seconds else self.counts[name]
-        return np.asarray(values, dtype=np.float64)
+        out: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+        return out
 
     def records(self, run_id: str) -> Iterator[RequestRecord]:
         """The same as lines of a record."""

@@ -1,0 +1,145 @@
+"""Machines and models by name, and the measured times of decode kernels. Numbers and their sources: homkv/sim/data."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from homkv.errors import UnsupportedError
+
+SINGLE_FIXED_US = 10.0  # of a kernel that was measured at one size only: between our 8 (16-bit) and 14 (pages)
+T = TypeVar("T")
+MIN_FIT_CONTEXT = 16_384  # shorter contexts may lie in a cache
+
+
+class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One accelerator; data/gpus.json explains the fields and says where each number comes from."""
+
+    memory_gb: float
+    memory_gbps: float
+    tflops: float
+    int8_tops: float | None
+    bus_gbps: float
+    attend: float
+    gemm: float
+    flash: float
+    nic_gbps: float
+    gpus_per_instance: int
+    stands_in: str | None
+    source: dict[str, str]
+    name: str = ""
+
+
+class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A transformer's shape; ``params``: weights that a token passes."""
+
+    layers: int
+    hidden: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    params: float
+    name: str = ""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of all layers in 16 bits."""
+        return self.layers * self.kv_heads * self.head_dim * 4
+
+    @property
+    def weight_bytes(self) -> float:
+        """Weights in 16 bits."""
+        return 2 * self.params
+
+
+class Kernel(msgspec.Struct, frozen=True):
+    """Decode attention of one layer: ``fixed_us + bytes / rate``. ``source``: which GPU's times, and how taken over."""
+
+    fixed_us: float
+    bytes_per_s: float
+    source: str
+
+
+@cache
+def data(name: str) -> Any:
+    """A file of homkv/sim/data, parsed."""
+    return json.loads(resources.files("homkv.sim").joinpath("data", name).read_text(encoding="utf-8"))
+
+
+@cache
+def gpus() -> Mapping[str, Gpu]:
+    """All accelerators by name."""
+    return {name: msgspec.convert({**row, "name": name}, Gpu) for name, row in data("gpus.json")["gpus"].items()}
+
+
+@cache
+def models() -> Mapping[str, ModelShape]:
+    """All models by name."""
+    return {
+        name: msgspec.convert({**row, "name": name}, ModelShape) for name, row in data("models.json")["models"].items()
+    }
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by name, without regard to case. Raises UnsupportedError."""
+    return _find("GPU", name, gpus())
+
+
+def find_model(name: str) -> ModelShape:
+    """A model by name or by an unambiguous part of it, ``llama-70b`` included. Raises UnsupportedError."""
+    known = models()
+    parts = name.lower().split("-")
+    matches = [shape for key, shape in known.items() if all(part in key.split("-") for part in parts)]
+    return matches[0] if len(matches) == 1 else _find("model", name, known)
+
+
+def _find(kind: str, name: str, known: Mapping[str, T]) -> T:
+    if name.lower() not in known:
+        raise UnsupportedError(f"expected a {kind} out of {', '.join(known)}, found {name!r}; see homkv/sim/data")
+    return known[name.lower()]
+
+
+@cache
+def kernel(gpu_name: str, name: str) -> Kernel:
+    """Times of a decode kernel on a GPU.
+
+    Measured on this GPU: a fit over all sizes. Else measured on the GPU that stands in for it: the rate scales with the
+    memory's, except between GPUs of one chip (H100, H200), where a kernel behind the memory's rate keeps its own.
+    Raises UnsupportedError if neither was measured.
+    """
+    if (gpu_name, name) in _fits():
+        return _fits()[gpu_name, name]
+    stand_in = find_gpu(gpu_name).stands_in
+    if stand_in is None:
+        measured = sorted({kernel_name for gpu, kernel_name in _fits() if gpu == gpu_name})
+        raise UnsupportedError(
+            f"expected a format whose decode kernel was measured on {gpu_name} or on a GPU like it "
+            f"({', '.join(measured)}), found {name}; choose another GPU or format"
+        )
+    other = kernel(stand_in, name)
+    same_chip = {gpu_name, stand_in} == {"h100", "h200"}
+    scale = 1.0 if same_chip else find_gpu(gpu_name).memory_gbps / find_gpu(stand_in).memory_gbps
+    return Kernel(other.fixed_us, other.bytes_per_s * scale, f"{other.source}, x {scale:.2f}")
+
+
+@cache
+def _fits() -> Mapping[tuple[str, str], Kernel]:
+    groups: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    for row in data("kernels.json")["rows"]:
+        if row["context"] >= MIN_FIT_CONTEXT:
+            entry = (row["bytes"], row["us"], f"{row['source']} ({row['gpu']})")
+            groups.setdefault((row["gpu"], row["kernel"]), []).append(entry)
+    return {key: _fit(rows) for key, rows in groups.items()}
+
+
+def _fit(rows: list[tuple[float, float, str]]) -> Kernel:
+    """Least squares of the relative error of ``fixed + bytes / rate``."""
+    if len(rows) == 1:
+        return Kernel(SINGLE_FIXED_US, rows[0][0] / (rows[0][1] - SINGLE_FIXED_US) * 1e6, rows[0][2])
+    size, us = (np.array([row[i] for row in rows], dtype=np.float64) for i in (0, 1))
+    (fixed, slope), *_ = np.linalg.lstsq(np.stack([1 / us, size / us], 1), np.ones_like(us), rcond=None)
+    return Kernel(max(0.0, float(fixed)), 1e6 / float(slope), rows[0][2])
