@@ -12,6 +12,8 @@ import numpy as np
 from homkv.errors import UnsupportedError
 
 SINGLE_FIXED_US = 10.0  # of a kernel that was measured at one size only: between our 8 (16-bit) and 14 (pages)
+SAME_CHIP = {"h100", "h200"}
+AUTHORS = {"fp16": "authors-fp16", "hack": "authors-hack", "hack-2026": "authors-hack"}
 T = TypeVar("T")
 MIN_FIT_CONTEXT = 16_384  # shorter contexts may lie in a cache
 
@@ -105,15 +107,22 @@ def _find(kind: str, name: str, known: Mapping[str, T]) -> T:
 
 @cache
 def kernel(gpu_name: str, name: str) -> Kernel:
-    """Times of a decode kernel on a GPU.
+    """Times of a decode kernel on a GPU: the first of
 
-    Measured on this GPU: a fit over all sizes. Else measured on the GPU that stands in for it: the rate scales with the
-    memory's, except between GPUs of one chip (H100, H200), where a kernel behind the memory's rate keeps its own.
-    Raises UnsupportedError if neither was measured.
+    * a fit over all sizes measured here on this GPU;
+    * measured here on the same chip with other memory (H100 for H200): the same rate;
+    * the HACK authors' times for this GPU;
+    * those of the GPU that stands in for it, the rate scaled with the memory's.
+
+    Raises UnsupportedError if there is none.
     """
     if (gpu_name, name) in _fits():
         return _fits()[gpu_name, name]
     stand_in = find_gpu(gpu_name).stands_in
+    if stand_in is not None and {gpu_name, stand_in} == SAME_CHIP and (stand_in, name) in _fits():
+        return _fits()[stand_in, name]
+    if (gpu_name, AUTHORS.get(name, name)) in _fits():
+        return _fits()[gpu_name, AUTHORS[name]]
     if stand_in is None:
         measured = sorted({kernel_name for gpu, kernel_name in _fits() if gpu == gpu_name})
         raise UnsupportedError(
@@ -121,9 +130,8 @@ def kernel(gpu_name: str, name: str) -> Kernel:
             f"({', '.join(measured)}), found {name}; choose another GPU or format"
         )
     other = kernel(stand_in, name)
-    same_chip = {gpu_name, stand_in} == {"h100", "h200"}
-    scale = 1.0 if same_chip else find_gpu(gpu_name).memory_gbps / find_gpu(stand_in).memory_gbps
-    return Kernel(other.fixed_us, other.bytes_per_s * scale, f"{other.source}, x {scale:.2f}")
+    scale = find_gpu(gpu_name).memory_gbps / find_gpu(stand_in).memory_gbps
+    return Kernel(other.fixed_us, other.bytes_per_s * scale, f"{other.source}, rate x {scale:.2f}")
 
 
 @cache

@@ -87,10 +87,9 @@ class Tally:
     def column(self, name: str) -> NDArray[np.float64]:
         """A column as float64. ``name``: one of COLUMNS, ``tpot_s``, or a count."""
         if name == "tpot_s":
-            return self.column("decode_s") / np.maximum(self.column("output_tokens") - 1, 1)
-        values = self.seconds[name] if name in self.seconds else self.counts[name]
-        out: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-        return out
+            tpot: NDArray[np.float64] = self.column("decode_s") / np.maximum(self.column("output_tokens") - 1, 1)
+            return tpot
+        return np.asarray(self.seconds[name] if name in self.seconds else self.counts[name], dtype=np.float64)
 
     def records(self, run_id: str) -> Iterator[RequestRecord]:
         """The same as lines of a record."""

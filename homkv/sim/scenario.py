@@ -24,6 +24,7 @@ class Scenario:
     prefill_layout: Layout | None = None
     decode_layout: Layout | None = None
     link_gbps: float | None = None  # of every instance, in and out
+    ingress_gbps: float | None = None  # of a decode instance, where it differs
     overlap: bool = True
     when_full: Literal["wait", "swap"] = "wait"
     max_batch: int = MAX_BATCH
@@ -46,7 +47,7 @@ class Scenario:
             num_prefill=self.num_prefill,
             num_decode=self.num_decode,
             egress_gbps=self.link_gbps or nic_gbps(prefill, p_layout),
-            ingress_gbps=self.link_gbps or nic_gbps(decode, d_layout),
+            ingress_gbps=self.ingress_gbps or self.link_gbps or nic_gbps(decode, d_layout),
             overlap=self.overlap,
             when_full=self.when_full,
             capacity_bytes=capacity_bytes(model, decode, d_layout, self.usable_memory),
