@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import bench, demo, doctor, eval, formats, serve
+from homkv.cli import bench, demo, doctor, eval, formats, serve, sim
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("formats")(formats.formats)
 app.command("doctor")(doctor.doctor)
 app.add_typer(serve.app, name="serve")
 app.add_typer(bench.app, name="bench")
+app.add_typer(sim.app, name="sim")
 
 
 @app.callback()

@@ -16,7 +16,7 @@ from homkv.sim.alarm import call_in
 from homkv.sim.costs import Costs
 from homkv.sim.decode import DecodeInstance
 from homkv.sim.job import Job, Tally
-from homkv.sim.link import Nic, Sender, overlapped_start
+from homkv.sim.link import Network, overlapped_start
 from homkv.sim.prefix import PrefixCache
 from homkv.sim.room import Room
 from homkv.sim.trace import PREFIX_BLOCK_TOKENS, Request
@@ -82,11 +82,10 @@ def simulate(system: System, requests: Iterable[Request], on_done: Callable[[int
 
 
 class _Prefill:
-    """A prefill instance: a pipeline of stages, a packer, and a sender of what it has packed."""
+    """A prefill instance: a pipeline of stages, and a packer."""
 
-    def __init__(self, index: int, deliver: Callable[[Job], None]) -> None:
+    def __init__(self, index: int) -> None:
         self.index = index
-        self.sender = Sender(deliver)
         self.done = 0.0  # when the newest prompt leaves the pipeline
         self.packed = 0.0  # when the newest prompt is packed
 
@@ -122,11 +121,10 @@ class _Cluster:
         max_batch = math.inf if system.max_batch is None else system.max_batch
         decode_ids = range(system.num_decode)
         self.rooms = [Room(capacity) for _ in decode_ids]
-        self.nics = [Nic(env, egress, ingress) for _ in decode_ids]
+        self.network = Network(env, egress, ingress, self._arrived)
         self.decodes = [DecodeInstance(env, self.costs, max_batch, self._finish) for _ in decode_ids]
         self.unpacked = [0.0 for _ in decode_ids]  # when the newest KV is unpacked: one after the other
-        self.prefills = [_Prefill(i, self._arrived) for i in range(system.num_prefill)]
-        self.idle = deque(self.prefills)
+        self.idle = deque(_Prefill(i) for i in range(system.num_prefill))
         self.queue: deque[Job] = deque()
         self.prefill_busy_s = 0.0
         self.prefix: PrefixCache | None = None
@@ -179,33 +177,30 @@ class _Cluster:
             self.rooms[job.decode_id].take(job)
         if system.overlap and job.has_room:
             start = overlapped_start(now, job.packed, self.costs.num_layers, job.wire_bytes, self.rate)
-            call_in(self.env, start - now, lambda _: self._send(prefill, job))
+            call_in(self.env, start - now, lambda _: self.network.put(job))
         else:
-            call_in(self.env, job.packed - now, lambda _: self._packed(prefill, job))
+            call_in(self.env, job.packed - now, lambda _: self._packed(job))
 
     def _next_prompt(self, prefill: _Prefill) -> None:
         self.idle.append(prefill)
         self._dispatch()
 
-    def _packed(self, prefill: _Prefill, job: Job) -> None:
+    def _packed(self, job: Job) -> None:
         """Send what is packed if there is room at decode, or to wait in its host's memory, or keep it here."""
         if not job.has_room:
             self._choose(job)
         room = self.rooms[job.decode_id]
         if job.has_room or room.take(job) or self.system.when_full == "swap":
-            self._send(prefill, job)
+            self.network.put(job)
         else:
-            room.wait(job, lambda waited: self._send_late(prefill, waited))
+            room.wait(job, self._send_late)
 
-    def _send_late(self, prefill: _Prefill, job: Job) -> None:
+    def _send_late(self, job: Job) -> None:
         job.room_wait_s = self.env.now - job.packed
-        self._send(prefill, job)
-
-    def _send(self, prefill: _Prefill, job: Job) -> None:
-        prefill.sender.put(job, self.nics[job.decode_id])
+        self.network.put(job)
 
     def _arrived(self, job: Job) -> None:
-        """The last byte has left the sender."""
+        """The last byte has left."""
         job.arrived = self.env.now + self.system.latency_s
         ready = max(job.arrived, self.unpacked[job.decode_id])
         unpack_s = self.costs.unpack_s(job.request.prompt_tokens)
@@ -236,8 +231,8 @@ class _Cluster:
         return Outcome(
             tally=self.tally,
             end_s=self.env.now,
-            sent_bytes=sum(prefill.sender.sent_bytes for prefill in self.prefills),
-            received_bytes=sum(nic.received_bytes for nic in self.nics),
+            sent_bytes=self.network.sent_bytes,
+            received_bytes=self.network.received_bytes,
             decoded_tokens=sum(decode.decoded_tokens for decode in self.decodes),
             cached_tokens=self.prefix.hit_tokens if self.prefix is not None else 0,
             prefill_busy_s=self.prefill_busy_s,

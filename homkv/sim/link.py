@@ -1,6 +1,5 @@
-"""The network: every prefill instance sends its requests one after the other, every decode NIC is shared fairly."""
+"""The network: one connection from every prefill to every decode instance, all sharing the instances' interfaces fairly."""
 
-import heapq
 import math
 from collections import deque
 from collections.abc import Callable
@@ -10,82 +9,107 @@ import simpy
 from homkv.sim.alarm import Alarm
 from homkv.sim.job import Job
 
+Pair = tuple[int, int]  # prefill instance, decode instance
 
-class Nic:
-    """A decode instance's network interface: processor sharing among the senders that send to it.
 
-    Each of k transfers runs at ``min(egress, ingress / k)`` bytes/s, which is max-min fair, since a sender has one
-    transfer at a time. In virtual time, ``V = integral of that rate``, a transfer of b bytes ends at ``V(start) + b``
-    whoever comes and goes, so an arrival or a departure costs O(log k).
+class Transfer:
+    """KV on a connection: bytes left, and the rate of now in bytes/s."""
+
+    __slots__ = ("job", "left", "pair", "rate")
+
+    def __init__(self, pair: Pair, job: Job) -> None:
+        self.pair = pair
+        self.job = job
+        self.left = float(job.wire_bytes)
+        self.rate = 0.0
+
+
+class Network:
+    """Connections on which requests follow one another. Rates are max-min fair (`share`) and change at every event.
+
+    ``egress ingress``: bytes/s of every prefill and of every decode instance. ``deliver`` hears of a job whose last byte
+    has left. At most one transfer per pair of instances is under way, however many wait, which bounds what an event costs.
     """
 
-    def __init__(self, env: simpy.Environment, egress: float, ingress: float) -> None:
+    def __init__(self, env: simpy.Environment, egress: float, ingress: float, deliver: Callable[[Job], None]) -> None:
         self.env = env
-        self.egress = egress  # bytes/s of one sender
-        self.ingress = ingress  # bytes/s
-        self.received_bytes = 0
-        self._virtual = 0.0  # bytes that a transfer running since the start would have moved
-        self._since = 0.0  # time of _virtual
-        self._transfers: list[tuple[float, int, Job, Callable[[Job], None]]] = []
-        self._count = 0
+        self.egress = egress
+        self.ingress = ingress
+        self.deliver = deliver
+        self.sent_bytes = self.received_bytes = 0
+        self._waiting: dict[Pair, deque[Job]] = {}
+        self._running: dict[Pair, Transfer] = {}
+        self._next: Transfer | None = None  # the first to end
+        self._since = 0.0  # time for which every ``left`` holds
         self._alarm = Alarm(env, self._complete)
 
-    def send(self, job: Job, done: Callable[[Job], None]) -> None:
-        """Move the job's bytes, then call ``done``."""
+    def put(self, job: Job) -> None:
+        """Send a job's KV behind what waits on its connection."""
+        self.sent_bytes += job.wire_bytes
         if math.isinf(self.egress) and math.isinf(self.ingress):
-            self.received_bytes += job.wire_bytes
-            done(job)
+            self._deliver(job)
+            return
+        pair = job.prefill_id, job.decode_id
+        if pair in self._running:
+            self._waiting.setdefault(pair, deque()).append(job)
             return
         self._advance()
-        self._count += 1
-        heapq.heappush(self._transfers, (self._virtual + job.wire_bytes, self._count, job, done))
-        self._schedule()
-
-    def _rate(self) -> float:
-        return min(self.egress, self.ingress / len(self._transfers))
+        self._running[pair] = Transfer(pair, job)
+        self._plan()
 
     def _advance(self) -> None:
-        if self._transfers:
-            self._virtual += (self.env.now - self._since) * self._rate()
+        elapsed = self.env.now - self._since
         self._since = self.env.now
+        for transfer in self._running.values():
+            transfer.left = max(0.0, transfer.left - elapsed * transfer.rate)
 
-    def _schedule(self) -> None:
-        if self._transfers:
-            self._alarm.set((self._transfers[0][0] - self._virtual) / self._rate())
+    def _plan(self) -> None:
+        if not self._running:
+            return
+        share(list(self._running.values()), self.egress, self.ingress)
+        self._next = min(self._running.values(), key=lambda transfer: transfer.left / transfer.rate)
+        self._alarm.set(self._next.left / self._next.rate)
 
     def _complete(self) -> None:
-        end, _, job, done = heapq.heappop(self._transfers)
-        self._virtual, self._since = end, self.env.now  # exactly: rounding must not add up
+        ended = self._next
+        assert ended is not None
+        self._advance()
+        del self._running[ended.pair]
+        if waiting := self._waiting.get(ended.pair):
+            self._running[ended.pair] = Transfer(ended.pair, waiting.popleft())
+        self._plan()
+        self._deliver(ended.job)
+
+    def _deliver(self, job: Job) -> None:
         self.received_bytes += job.wire_bytes
-        self._schedule()
-        done(job)
+        self.deliver(job)
 
 
-class Sender:
-    """A prefill instance's side: requests leave in order, one at a time."""
-
-    def __init__(self, deliver: Callable[[Job], None]) -> None:
-        self.sent_bytes = 0
-        self._deliver = deliver
-        self._queue: deque[tuple[Job, Nic]] = deque()
-        self._busy = False
-
-    def put(self, job: Job, nic: Nic) -> None:
-        """Send as soon as everything before is sent."""
-        self._queue.append((job, nic))
-        if not self._busy:
-            self._next()
-
-    def _next(self) -> None:
-        self._busy = bool(self._queue)
-        if self._busy:
-            job, nic = self._queue.popleft()
-            nic.send(job, self._sent)
-
-    def _sent(self, job: Job) -> None:
-        self.sent_bytes += job.wire_bytes
-        self._next()
-        self._deliver(job)
+def share(transfers: list[Transfer], egress: float, ingress: float) -> None:
+    """Set max-min fair rates: fill all equally, fix those on the interface that is full first, go on with the rest."""
+    if len(transfers) == 1:
+        transfers[0].rate = min(egress, ingress)
+        return
+    left: dict[tuple[int, int], float] = {}  # (side, instance) -> bytes/s not given away
+    while transfers:
+        users: dict[tuple[int, int], int] = {}
+        for transfer in transfers:
+            for side, limit in ((0, egress), (1, ingress)):
+                link = side, transfer.pair[side]
+                users[link] = users.get(link, 0) + 1
+                left.setdefault(link, limit)
+        full = min(users, key=lambda link: left[link] / users[link])
+        rate = left[full] / users[full]
+        side, instance = full
+        rest = []
+        for transfer in transfers:
+            if transfer.pair[side] != instance:
+                rest.append(transfer)
+                continue
+            transfer.rate = rate
+            for end in (0, 1):
+                left[end, transfer.pair[end]] -= rate
+        transfers = rest
 
 
 def overlapped_start(start: float, end: float, num_layers: int, bytes_: int, rate: float) -> float:

@@ -12,7 +12,7 @@ from homkv.sim.roofline import Layout
 from homkv.sim.scenario import Scenario
 from homkv.sim.summary import Summary, summarize
 from homkv.sim.trace import Request
-from homkv.sim.workload import draw, mean_lengths, profile
+from homkv.sim.workload import draw, lengths_of, mean_lengths
 
 MODEL = "llama-3.1-70b"
 PREFILL_GPUS = ("a10g", "v100", "t4", "l4", "a100")
@@ -23,11 +23,21 @@ VARIANTS = (
     ("fp16", False), ("fp16", True), ("fp8", False), ("cachegen", False), ("kvquant", False), ("kivi", False),
     ("hack", False), ("hack-2026", False), ("balanced", True), ("small", True),
 )  # fmt: skip
-ABLATIONS = ("hack", "hack:se=0", "hack:rqe=0", "hack:pi=32", "hack:pi=128", "dequant-balanced", "balanced")
+ABLATIONS = (
+    "hack",
+    "hack:se=0",
+    "hack:rqe=0",
+    "hack:pi=32",
+    "hack:pi=128",
+    "kivi-unfused",
+    "dequant-balanced",
+    "balanced",
+)
 DECODE_LAYOUT = Layout(tensor=4)  # of A100s with 80 GB: half an instance's network
 MAX_PREFILL = 16
 PREFILL_MARGIN = 1.5  # prefill instances are added until they could serve this much more than decode (or 16 of them)
 OnRun = Callable[[str], None]
+Place = tuple[str, str, float]  # prefill GPU, profile, load
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def run_paper(
     """Simulate every combination; the same requests for all formats."""
     for gpu in prefill_gpus:
         for name in profiles:
-            prompt, output = profile(name)
+            prompt, output = lengths_of(name)
             base, limit = deployment(gpu, mean_lengths(prompt, output))
             for load in loads:
                 rate = load * limit.rate
@@ -95,15 +105,31 @@ def _run(scenario: Scenario, requests: Sequence[Request]) -> Summary:
     return summarize(simulate(scenario.system(), requests))
 
 
-def reduction(
-    rows: Sequence[PaperRow], of: tuple[str, bool], against: tuple[str, bool]
-) -> dict[tuple[str, str, float], float]:
-    """``1 - JCT(of) / JCT(against)`` for every GPU, profile and load that has both."""
-    jct = {(r.prefill_gpu, r.profile, r.load, r.format, r.overlap): r.summary.jct_s for r in rows}
-    keys = dict.fromkeys((r.prefill_gpu, r.profile, r.load) for r in rows)
-    return {
-        key: 1 - jct[(*key, *of)] / jct[(*key, *against)] for key in keys if {(*key, *of), (*key, *against)} <= set(jct)
-    }
+def run_ablations(
+    prefill_gpu: str = "a100",
+    name: str = "long",
+    load: float = 0.9,
+    num_requests: int = 500,
+    seed: int = 0,
+    on_run: OnRun = lambda title: None,
+) -> Iterator[PaperRow]:
+    """HACK without each of its eliminations and with other partitions, and our pages with a dequantizing kernel."""
+    variants = [(kv, kv in OVERLAPPED or kv.startswith("dequant")) for kv in ABLATIONS]
+    variants.append(("balanced", False))
+    yield from run_paper((prefill_gpu,), (name,), (load,), variants, num_requests, seed, on_run)
+
+
+def reductions(rows: Sequence[PaperRow], of: tuple[str, bool], against: tuple[str, bool]) -> dict[Place, float]:
+    """``1 - JCT(of) / JCT(against)`` in every place that has both."""
+    jct = {(place_of(row), row.format, row.overlap): row.summary.jct_s for row in rows}
+    places = dict.fromkeys(place_of(row) for row in rows)
+    both = [place for place in places if (place, *of) in jct and (place, *against) in jct]
+    return {place: 1 - jct[place, *of] / jct[place, *against] for place in both}
+
+
+def place_of(row: PaperRow) -> Place:
+    """Prefill GPU, profile and load."""
+    return row.prefill_gpu, row.profile, row.load
 
 
 @dataclass(frozen=True)
@@ -112,6 +138,10 @@ class ArtifactRow:
 
     claim: dict[str, Any]
     simulated: Summary
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"kind": "sim-artifact", **asdict(self)}
 
 
 def run_artifact(seeds: int = 20, on_run: OnRun = lambda title: None) -> Iterator[ArtifactRow]:
@@ -125,7 +155,7 @@ def run_artifact(seeds: int = 20, on_run: OnRun = lambda title: None) -> Iterato
             "qwen3-8b", claim["gpu"], claim["gpu"], claim["format"], prefill_layout=Layout(), decode_layout=Layout(),
             link_gbps=10, overlap=False, usable_memory=0.95,
         )  # fmt: skip
-        prompt, output = profile(claim["profile"])
+        prompt, output = lengths_of(claim["profile"])
         count = 24 if claim["profile"] == "long" else 40
         runs = [_run(scenario, draw(prompt, output, claim["rate"], count, seed)) for seed in range(seeds)]
         yield ArtifactRow(claim, mean_of(runs))

@@ -10,7 +10,7 @@ from homkv.sim.trace import Request
 Range = tuple[int, int]
 
 
-def profile(name: str) -> tuple[Range, Range]:
+def lengths_of(name: str) -> tuple[Range, Range]:
     """Ranges of prompt and answer lengths of a profile in data/profiles.json. Raises UnsupportedError."""
     known = data("profiles.json")["profiles"]
     if name not in known:
