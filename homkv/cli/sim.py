@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,8 +42,8 @@ Overlap = Annotated[bool, typer.Option(help="Send layers while the next ones com
 
 
 def make_scenario(
-    model: str, gpu: str, prefill_gpu: str | None, decode_gpu: str | None, prefill_tp: int | None, decode_tp: int | None,
-    link_gbps: float | None, overlap: bool,
+    model: str, gpu: str, prefill_gpu: str | None, decode_gpu: str | None, prefill_tp: int | None,
+    decode_tp: int | None, link_gbps: float | None, overlap: bool,
 ) -> "Scenario":  # fmt: skip
     """The deployment that the options describe. Raises UnsupportedError."""
     from homkv.sim.roofline import Layout
@@ -136,7 +137,7 @@ def run(
     outcomes = {}
     for name in names:
         with progress(len(work), name) as advance:
-            outcomes[name] = simulate(base.with_format(name).system(), work, lambda _, a=advance, n=name: a(n))
+            outcomes[name] = simulate(base.with_format(name).system(), work, partial(_count, advance, name))
     rows = [(name, summarize(outcome)) for name, outcome in outcomes.items()]
     Console().print(summary_table(rows, f"{model}, {base.prefill_gpu} to {base.decode_gpu}, {len(work):,} requests"))
     if record is not None:
@@ -146,6 +147,10 @@ def run(
 
         bars = {name: {**s.phases_s, "dequantize_s": s.dequantize_s} for name, s in rows}
         _print_paths(save(decomposition(bars, f"{model}: where the time goes"), plots, "sim-run"))
+
+
+def _count(advance: Callable[[str], None], name: str, done: int) -> None:
+    advance(name)
 
 
 def write_runs(path: Path, base: "Scenario", outcomes: dict[str, Any], seed: int) -> None:
@@ -228,13 +233,7 @@ def _plot_paper(rows: list[Any], folder: Path) -> list[Path]:
         loads = [r.load for r in rows if (r.prefill_gpu, r.profile) == (gpu, profile)]
         load = min(loads, key=lambda x: abs(x - 0.9))
         chosen = [r for r in rows if (r.prefill_gpu, r.profile, r.load) == (gpu, profile, load)]
-        bars = {
-            r.format + (" +overlap" if r.overlap else ""): {
-                **r.summary.phases_s,
-                "dequantize_s": r.summary.dequantize_s,
-            }
-            for r in chosen
-        }
+        bars = {r.name: {**r.summary.phases_s, "dequantize_s": r.summary.dequantize_s} for r in chosen}
         title = f"Llama-3.1-70B, {gpu} prefill, {profile}, {load:.0%} of 16-bit capacity"
         files += save(decomposition(bars, title), folder, f"sim-{gpu}-{profile}")
     return files
@@ -308,13 +307,8 @@ def _plot_sweeps(points: list[Any], title: str, folder: Path) -> list[Path]:
     from homkv.sim.plots import lines, save
 
     files = []
-    wanted = (
-        ("link_gbps", "jct_s"),
-        ("requests_per_s", "jct_s"),
-        ("prompt_tokens", "jct_s"),
-        ("prompt_tokens", "cost"),
-    )
-    for axis, value in wanted:
+    axes = ("link_gbps", "requests_per_s", "prompt_tokens")
+    for axis, value in [*((axis, "jct_s") for axis in axes), ("prompt_tokens", "cost")]:
         series: dict[str, list[tuple[float, float]]] = {}
         for point in points:
             if point.axis == axis:
@@ -340,8 +334,7 @@ def validate(
     Console().print(validation_table(rows))
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:
-        _print_paths(
-            save(agreement({row.run_id: row.pairs for row in rows}, "Simulated and measured"), plots, "sim-validation")
-        )
+        figure = agreement({row.run_id: row.pairs for row in rows}, "Simulated and measured")
+        _print_paths(save(figure, plots, "sim-validation"))
     if check and not all(row.holds for row in rows):
         raise typer.Exit(1)

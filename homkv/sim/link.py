@@ -1,4 +1,4 @@
-"""The network: one connection from every prefill to every decode instance, all sharing the instances' interfaces fairly."""
+"""The network: a connection from every prefill to every decode instance; all share the interfaces fairly."""
 
 import math
 from collections import deque
@@ -27,8 +27,8 @@ class Transfer:
 class Network:
     """Connections on which requests follow one another. Rates are max-min fair (`share`) and change at every event.
 
-    ``egress ingress``: bytes/s of every prefill and of every decode instance. ``deliver`` hears of a job whose last byte
-    has left. At most one transfer per pair of instances is under way, however many wait, which bounds what an event costs.
+    ``egress ingress``: bytes/s of every prefill and of every decode instance. ``deliver`` hears of a job whose last
+    byte has left. One transfer per pair of instances is under way, however many wait: that bounds what an event costs.
     """
 
     def __init__(self, env: simpy.Environment, egress: float, ingress: float, deliver: Callable[[Job], None]) -> None:

@@ -54,6 +54,11 @@ class PaperRow:
     bottleneck: str  # of the 16-bit system
     summary: Summary
 
+    @property
+    def name(self) -> str:
+        """Format, and whether layers are sent while the next ones compute."""
+        return self.format + (" +overlap" if self.overlap else "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"kind": "sim-paper", "model": MODEL, "decode_gpu": "a100", **asdict(self)}

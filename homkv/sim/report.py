@@ -97,7 +97,7 @@ def ablation_table(rows: Sequence[PaperRow]) -> Table:
     title = f"Ablations: {base.prefill_gpu} prefill, {base.profile}, load {base.load:g}"
     table = _table(title, ["format"], ["JCT s", "against hack", "decode s", "deq. or correct s"])
     for row in rows:
-        s, name = row.summary, row.format + (" +overlap" if row.overlap else "")
+        s, name = row.summary, row.name
         change = f"{s.jct_s / base.summary.jct_s - 1:+.1%}"
         table.add_row(name, f"{s.jct_s:.2f}", change, f"{s.phases_s['decode_s']:.2f}", f"{s.dequantize_s:.2f}")
     return table

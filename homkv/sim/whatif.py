@@ -16,6 +16,7 @@ from homkv.sim.trace import Request, poisson_arrivals
 FORMATS = ("fp16", "fp8", "balanced", "small")
 UTILISATION = 0.8  # of the bottleneck's capacity, for which instances are counted
 MAX_INSTANCES = 512
+TIE = 0.03
 SECONDS_PER_HOUR = 3600
 OnRun = Callable[[str], None]
 
@@ -133,16 +134,18 @@ def options(
 
 
 def advise(found: Sequence[Option], min_gain: float = 0.1) -> Advice:
-    """The cheapest option within 2 %, of those the fastest; the exact one unless cost or JCT fall by ``min_gain``.
+    """The cheapest option, of those the fastest; the exact one unless cost or JCT fall by ``min_gain``.
 
-    Compression costs quality and one more thing to run, so a gain below ``min_gain`` is none. Raises UnsupportedError
-    without a 16-bit option to compare with.
+    Within TIE both count as equal, and the format named first is taken: name the more exact ones first. Compression
+    costs quality and is one more thing to run, so a gain below ``min_gain`` is none. Raises UnsupportedError without a
+    16-bit option to compare with.
     """
     exact = next((option for option in found if option.format in ("fp16", "bf16")), None)
     if exact is None:
         raise UnsupportedError("expected fp16 among the formats to compare with, found none; add --kv-cache-dtype fp16")
-    cheapest = min(option.cost for option in found)
-    best = min((o for o in found if o.cost <= 1.02 * cheapest), key=lambda o: o.summary.jct_s)
+    cheap = [option for option in found if option.cost <= (1 + TIE) * min(o.cost for o in found)]
+    fastest = min(option.summary.jct_s for option in cheap)
+    best = next(option for option in cheap if option.summary.jct_s <= (1 + TIE) * fastest)
     saving, faster = 1 - best.cost / exact.cost, 1 - best.summary.jct_s / exact.summary.jct_s
     if best is exact or max(saving, faster) < min_gain:
         return Advice(exact, False, _why_not(exact, saving, faster))
