@@ -149,9 +149,17 @@ def advise(found: Sequence[Option], min_gain: float = 0.1) -> Advice:
     saving, faster = 1 - best.cost / exact.cost, 1 - best.summary.jct_s / exact.summary.jct_s
     if best is exact or max(saving, faster) < min_gain:
         return Advice(exact, False, _why_not(exact, saving, faster))
-    first = "costs" if saving >= faster else "JCT"
-    reason = f"{best.format}: cost per token {-saving:+.0%}, mean JCT {-faster:+.0%} against 16 bits; {first} decides"
-    return Advice(best, True, reason)
+    return Advice(best, True, f"{best.format}: {_change(best, exact)}{_against_fp8(found, best)}")
+
+
+def _change(option: Option, other: Option) -> str:
+    cost, jct = option.cost / other.cost - 1, option.summary.jct_s / other.summary.jct_s - 1
+    return f"cost per token {cost:+.0%} and mean JCT {jct:+.0%} against {other.format}"
+
+
+def _against_fp8(found: Sequence[Option], best: Option) -> str:
+    fp8 = next((option for option in found if option.format == "fp8" and option is not best), None)
+    return "" if fp8 is None else f"; {_change(best, fp8)}"
 
 
 def _why_not(exact: Option, saving: float, faster: float) -> str:
