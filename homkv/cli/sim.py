@@ -268,12 +268,12 @@ def whatif(
 
     base = make_scenario(model, gpu, prefill_gpu, decode_gpu, prefill_tp, decode_tp, link_gbps, overlap)
     work = make_requests(trace, profile, requests_per_s, requests, seed)
-    if len(work) < 2 or not min(prefill_price, decode_price) >= 0:
-        raise UnsupportedError("expected at least two requests and prices of at least 0; give --requests and --prices")
+    if len(work) < 2:
+        raise UnsupportedError(f"expected at least two requests, found {len(work)}; give --requests")
     names, prices = tuple(kv_cache_dtype or question.FORMATS), question.Prices(prefill_price, decode_price)
     with progress(len(names), "") as advance:
-        found = list(question.options(base, work, prices, names, advance))
-    advice = question.advise(found, min_gain)
+        options = question.options(base, work, prices, names, advance)
+    found, advice = options.found, question.advise(options, min_gain)
     rate, (prompt, output) = question.rate_of(work), question.lengths(work)
     title = f"{model}, {base.prefill_gpu} to {base.decode_gpu}: {rate:.2f} requests/s of {prompt:,} + {output:,} tokens"
     console = Console()
@@ -281,6 +281,8 @@ def whatif(
     best = advice.best
     console.print(f"[bold]{best.format}[/bold], {best.num_prefill} prefill and {best.num_decode} decode instances")
     console.print(advice.reason, highlight=False)
+    for name, reason in options.impossible.items():
+        console.print(f"{name} cannot serve this: {reason}", highlight=False)
     points: list[question.Point] = []
     if sweep or plots is not None:
         points = list(_sweeps(base, work, prices, names))

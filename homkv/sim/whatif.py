@@ -15,7 +15,7 @@ from homkv.sim.trace import Request, poisson_arrivals
 
 FORMATS = ("fp16", "fp8", "balanced", "small")
 UTILISATION = 0.8  # of the bottleneck's capacity, for which instances are counted
-MAX_INSTANCES = 512
+MAX_INSTANCES = 2048
 TIE = 0.03
 SECONDS_PER_HOUR = 3600
 OnRun = Callable[[str], None]
@@ -27,6 +27,12 @@ class Prices:
 
     prefill: float = 1.0
     decode: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= price < math.inf for price in (self.prefill, self.decode)) or self.prefill + self.decode == 0:
+            raise UnsupportedError(
+                f"expected prices of at least 0 and one above 0, found {self.prefill}, {self.decode}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def rate_of(requests: Sequence[Request]) -> float:
 
 
 def size(scenario: Scenario, requests_per_s: float, prompt_tokens: int, output_tokens: int) -> Scenario:
-    """Fewest instances of either kind that serve the rate at UTILISATION. Raises CapacityError if 512 do not."""
+    """Fewest instances of either kind that serve the rate at UTILISATION. Raises CapacityError if 2048 do not."""
     one = capacity(scenario.system(), prompt_tokens, output_tokens)
     if max_batch(scenario.system(), prompt_tokens, output_tokens) == 0:
         raise CapacityError(
@@ -119,33 +125,51 @@ def evaluate(scenario: Scenario, requests: Sequence[Request], prices: Prices) ->
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """``found``: what each format needs and does, in the order asked for; ``impossible``: format -> why not at all."""
+
+    found: list[Option]
+    impossible: dict[str, str]
+
+
 def options(
     scenario: Scenario,
     requests: Sequence[Request],
     prices: Prices,
     formats: Sequence[str] = FORMATS,
     on_run: OnRun = lambda title: None,
-) -> Iterator[Option]:
-    """Every format in a deployment of its own size."""
+) -> Options:
+    """Every format in a deployment of its own size. Raises CapacityError if none can serve the load."""
+    out = Options([], {})
     for name in formats:
         on_run(name)
-        sized = size(scenario.with_format(name), rate_of(requests), *lengths(requests))
-        yield evaluate(sized, requests, prices)
+        try:
+            sized = size(scenario.with_format(name), rate_of(requests), *lengths(requests))
+            out.found.append(evaluate(sized, requests, prices))
+        except CapacityError as error:
+            out.impossible[name] = str(error)
+    if not out.found:
+        raise CapacityError(next(iter(out.impossible.values())))
+    return out
 
 
-def advise(found: Sequence[Option], min_gain: float = 0.1) -> Advice:
+def advise(options: Options, min_gain: float = 0.1) -> Advice:
     """The cheapest option, of those the fastest; the exact one unless cost or JCT fall by ``min_gain``.
 
     Within TIE both count as equal, and the format named first is taken: name the more exact ones first. Compression
-    costs quality and is one more thing to run, so a gain below ``min_gain`` is none. Raises UnsupportedError without a
-    16-bit option to compare with.
+    costs quality and is one more thing to run, so a gain below ``min_gain`` is none. Raises UnsupportedError if 16 bits
+    were not among the formats.
     """
-    exact = next((option for option in found if option.format in ("fp16", "bf16")), None)
-    if exact is None:
-        raise UnsupportedError("expected fp16 among the formats to compare with, found none; add --kv-cache-dtype fp16")
+    found = options.found
     cheap = [option for option in found if option.cost <= (1 + TIE) * min(o.cost for o in found)]
     fastest = min(option.summary.jct_s for option in cheap)
     best = next(option for option in cheap if option.summary.jct_s <= (1 + TIE) * fastest)
+    if "fp16" in options.impossible:
+        return Advice(best, True, f"{best.format}: 16 bits cannot serve this at all: {options.impossible['fp16']}")
+    exact = next((option for option in found if option.format == "fp16"), None)
+    if exact is None:
+        raise UnsupportedError("expected fp16 among the formats to compare with, found none; add --kv-cache-dtype fp16")
     saving, faster = 1 - best.cost / exact.cost, 1 - best.summary.jct_s / exact.summary.jct_s
     if best is exact or max(saving, faster) < min_gain:
         return Advice(exact, False, _why_not(exact, saving, faster))
