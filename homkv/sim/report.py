@@ -1,8 +1,9 @@
 """Tables of simulations, for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from homkv.sim.hardware import data
@@ -10,7 +11,7 @@ from homkv.sim.paper import ArtifactRow, PaperRow, reductions
 from homkv.sim.record import PHASES
 from homkv.sim.summary import Summary
 from homkv.sim.validate import Validation
-from homkv.sim.whatif import Option
+from homkv.sim.whatif import Advice, Option, Options
 
 SHORT = [phase.removesuffix("_s") for phase in PHASES]
 
@@ -28,11 +29,11 @@ def _phases(summary: Summary) -> list[str]:
     return [f"{summary.phases_s[phase]:.2f}" for phase in PHASES] + [f"{summary.dequantize_s:.2f}"]
 
 
-def summary_table(rows: Sequence[tuple[str, Summary]], title: str) -> Table:
+def summary_table(rows: Mapping[str, Summary], title: str) -> Table:
     """Decomposition of mean JCT per format."""
     headings = ["JCT s", "P99 s", "TTFT s", "TPOT ms", *SHORT, "of it deq.", "MB/request", "peak KV GB"]
     table = _table(title, ["format"], headings)
-    for name, s in rows:
+    for name, s in rows.items():
         times = [f"{s.jct_s:.2f}", f"{s.jct_p99_s:.2f}", f"{s.ttft_s:.2f}", f"{1e3 * s.tpot_s:.1f}"]
         table.add_row(name, *times, *_phases(s), f"{s.wire_bytes / 1e6:.1f}", f"{s.peak_kv_bytes / 1e9:.1f}")
     return table
@@ -134,6 +135,16 @@ def option_table(options: Sequence[Option], best: Option, title: str) -> Table:
         style = "green" if o is best else ""
         table.add_row(o.format, *size, *times, f"{s.phases_s['transfer_s']:.2f}", o.bottleneck, style=style)
     return table
+
+
+def print_advice(console: Console, options: Options, advice: Advice, title: str) -> None:
+    """The table of options, what to take and why."""
+    best = advice.best
+    console.print(option_table(options.found, best, title))
+    for name, reason in options.impossible.items():
+        console.print(f"{name} cannot serve this: {reason}", highlight=False)
+    console.print(f"[bold]{best.format}[/bold], {best.num_prefill} prefill and {best.num_decode} decode instances")
+    console.print(advice.reason, highlight=False)
 
 
 def validation_table(rows: Sequence[Validation]) -> Table:

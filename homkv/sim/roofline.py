@@ -23,6 +23,10 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
 
+    def __post_init__(self) -> None:
+        if min(self.tensor, self.pipeline) < 1:
+            raise UnsupportedError(f"expected at least one GPU and one stage, found {self.tensor} and {self.pipeline}")
+
     @property
     def gpus(self) -> int:
         """GPUs of one instance."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from homkv.errors import UnsupportedError
 from homkv.sim.engine import System
 from homkv.sim.formats import make_format
 from homkv.sim.hardware import Gpu, find_gpu, find_model
@@ -30,6 +31,15 @@ class Scenario:
     max_batch: int = MAX_BATCH
     prefix_gb: float | None = None
     usable_memory: float = 0.9
+
+    def __post_init__(self) -> None:
+        if min(self.num_prefill, self.num_decode) < 1:
+            found = f"{self.num_prefill} and {self.num_decode}"
+            raise UnsupportedError(f"expected at least one instance of each kind, found {found}")
+        if any(gbps is not None and not 0 < gbps < 1e9 for gbps in (self.link_gbps, self.ingress_gbps)):
+            raise UnsupportedError(f"expected links of more than 0 Gb/s, found {self.link_gbps}, {self.ingress_gbps}")
+        if self.prefix_gb is not None and not 0 <= self.prefix_gb < 1e9:
+            raise UnsupportedError(f"expected a prefix cache of at least 0 GB, found {self.prefix_gb}")
 
     def with_format(self, name: str) -> "Scenario":
         """The same deployment with another format."""

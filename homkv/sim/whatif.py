@@ -69,9 +69,13 @@ def lengths(requests: Sequence[Request]) -> tuple[int, int]:
 
 
 def rate_of(requests: Sequence[Request]) -> float:
-    """Requests per second between the first and the last arrival."""
+    """Requests per second between the first and the last arrival. Raises UnsupportedError if there is no such rate."""
     span = requests[-1].arrival_s - requests[0].arrival_s
-    return (len(requests) - 1) / span if span > 0 else math.inf
+    if not span > 0:
+        raise UnsupportedError(
+            f"expected at least two requests at different times, found {len(requests)} at one; give a rate, or more"
+        )
+    return (len(requests) - 1) / span
 
 
 def size(scenario: Scenario, requests_per_s: float, prompt_tokens: int, output_tokens: int) -> Scenario:
