@@ -54,7 +54,7 @@ def test_authors_runs_come_out_near_what_they_published() -> None:
 def test_tables_hold_every_row(rows: list[PaperRow]) -> None:
     tables = paper_tables(rows)
     assert [table.row_count for table in tables] == [4, 4]
-    assert claims_table(rows).row_count == 5
+    assert claims_table(rows).row_count == 10
     ablations = list(run_ablations(num_requests=50))
     assert ablation_table(ablations).row_count == len(ablations) == 9
     jct = {row.name: row.summary.jct_s for row in ablations}
