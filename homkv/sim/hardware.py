@@ -12,7 +12,7 @@ import numpy as np
 from homkv.errors import UnsupportedError
 
 # Kernels that were measured at one size only take their fixed time from one with the same launches.
-SAME_LAUNCHES = {"fp8": "fp16", "kivi": "fp16", "dequant-small": "fp16", "dequant-balanced": "fp16",
+SAME_LAUNCHES = {"fp8": "fp16", "kivi": "fp16", "dequant-small": "small", "dequant-balanced": "balanced",
                  "hack": "balanced", "hack-2026": "balanced"}  # fmt: skip
 SAME_CHIP = {"h100", "h200"}
 AUTHORS = {"fp16": "authors-fp16", "hack": "authors-hack", "hack-2026": "authors-hack"}
