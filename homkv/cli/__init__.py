@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import bench, demo, doctor, eval, formats, keys, serve
+from homkv.cli import bench, demo, doctor, eval, formats, keys, serve, sim
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command(
 )(serve.serve)
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
+app.add_typer(sim.app, name="sim")
 
 
 @app.callback()

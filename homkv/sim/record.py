@@ -44,6 +44,7 @@ class RunInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     link_gbps: float | None = None  # None: not shaped
     link_latency_s: Seconds = 0.0
     overlap: bool = True  # layers travel while the next ones compute
+    background_pack: bool = False  # packing runs beside prefill's computing (another core), not between its layers
     num_layers: Count = 1
     max_batch: Count | None = None  # sequences that decode together; None: as many as fit
     kv_capacity_bytes: NumBytes | None = None  # of each decode instance; None: not limited

@@ -194,6 +194,7 @@ class JctBench:
             seed=options.seed,
             link_gbps=link,
             overlap=overlap,
+            background_pack=True,
             num_layers=self._num_layers,
             reserves_early=True,
             peak_kv_bytes=peak_kv_bytes(finished),
