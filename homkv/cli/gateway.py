@@ -1,5 +1,6 @@
 """The gateway process of ``homkv serve``: with local instances (all) or with those of other hosts (gateway)."""
 
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ def run_gateway(settings: "ServeSettings", role: "Role") -> None:
             backlog=2048,
         )
         console.print(f"[bold]homkv[/bold] serves {settings.served_name} at http://{settings.host}:{settings.port}/v1")
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has shut down: we clean up
+            signal.signal(number, lambda *_: None)
         uvicorn.Server(config).run()
 
 

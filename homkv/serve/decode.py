@@ -245,9 +245,8 @@ class DecodeInstance:
 
     def _open(self, client: bytes, ask: Reserve, engine: Engine) -> _Request:
         """Set a request's room aside. Raises CapacityError without changing anything."""
-        keys = page_keys(
-            f"{self.loaded.fingerprint}/{engine.codec.layout_id}/{ask.source}", engine.codec, ask.prompt_ids
-        )
+        root = f"{self.loaded.fingerprint}/{engine.codec.layout_id}/{ask.source}"
+        keys = page_keys(root, engine.codec, ask.prompt_ids) if self.share_prefixes else []
         num_tokens = len(ask.prompt_ids)
         seq, first_page = engine.reserve(num_tokens + ask.max_new_tokens, keys)
         plan = plan_sequence(

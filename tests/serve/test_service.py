@@ -1,0 +1,64 @@
+"""``homkv serve`` as people run it: one command, processes, a signal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from gateway_cases import text_of, words
+from serve_cases import prompt, tiny, wait_until
+
+PROMPT = text_of(prompt(150, seed=50))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("service-model")
+    tiny().model.save_pretrained(path)
+    words().save_pretrained(path)
+    return path
+
+
+def test_the_life_of_a_service(folder: Path, tmp_path: Path) -> None:
+    """Settings from file, environment and flags; two decode instances; SIGTERM lets a stream finish; exit code 0."""
+    (tmp_path / "homkv.toml").write_text('kv_cache_dtype = ["small"]\ndecode = 2\nport = 1\nnum_threads = 1\n')
+    command = [sys.executable, "-m", "homkv.cli", "serve", "--port", "18973", "--log-json", "--served-model-name", "m"]
+    environment = os.environ | {"HOMKV_MODEL": str(folder), "HOMKV_API_KEY": "k", "TMPDIR": str(tmp_path)}
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log, stdout=log) as service,
+        httpx.Client(base_url="http://127.0.0.1:18973", timeout=60, headers={"authorization": "Bearer k"}) as client,
+    ):
+        try:
+            wait_until(lambda: is_healthy(client), 120)
+            check_stream_survives_sigterm(client, service)
+            assert service.wait(60) == 0
+        finally:
+            service.kill()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert all("time" in json.loads(line) or "timestamp" in json.loads(line) for line in lines if line.startswith("{"))
+    assert not list(tmp_path.glob("homkv-*"))  # keys are gone
+
+
+def is_healthy(client: httpx.Client) -> bool:
+    try:
+        health = client.get("/health").json()
+    except httpx.TransportError:
+        return False
+    return health["status"] == "ok" and len(health["instances"]) == 3
+
+
+def check_stream_survives_sigterm(client: httpx.Client, service: "subprocess.Popen[bytes]") -> None:
+    assert client.get("/v1/models").json()["data"][0]["kv_cache_dtype"] == "small"
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": 120, "stream": True, "temperature": 0, "ignore_eos": True}
+    with client.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        service.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line.startswith("data: ")]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
