@@ -57,6 +57,7 @@ def _instances(
 ) -> "tuple[list[Address], list[Address], Security]":
     """Addresses of all instances and the keys to reach them."""
     from homkv.serve.spawn import InstanceOptions, LocalCluster
+    from homkv.serve.supervise import Supervisor
     from homkv.transport.keys import KeyPair, Security
 
     remote = [_addresses(settings, texts) for texts in (settings.prefill_at, settings.decode_at)]
@@ -86,11 +87,13 @@ def _instances(
         settings.threads,
         settings.max_tokens,
         log_json=settings.log_json,
+        show_logs=True,
         prefill={name: getattr(settings, name) for name in ("source", "chunk_tokens", "prefix_bytes", "drain_s")},
         decode={name: getattr(settings, name) for name in DECODE_SETTINGS},
     )
     cluster = LocalCluster(options, lambda name, text: console.print(f"{name}: {text}", highlight=False))
     stack.enter_context(cluster)
+    stack.enter_context(Supervisor(cluster))
     return cluster.addresses("prefill"), cluster.addresses("decode"), cluster.security
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def test_the_life_of_a_service(folder: Path, tmp_path: Path) -> None:
     ):
         try:
             wait_until(lambda: is_healthy(client), 120)
+            check_killed_instance_comes_back(client, tmp_path)
             check_stream_survives_sigterm(client, service)
             assert service.wait(60) == 0
         finally:
@@ -42,6 +44,24 @@ def test_the_life_of_a_service(folder: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "log").read_text().splitlines()
     assert all("time" in json.loads(line) or "timestamp" in json.loads(line) for line in lines if line.startswith("{"))
     assert not list(tmp_path.glob("homkv-*"))  # keys are gone
+
+
+def check_killed_instance_comes_back(client: httpx.Client, folder: Path) -> None:
+    """The request that runs there ends with an error and not with silence; the next one is answered."""
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": 1800, "stream": True, "ignore_eos": True}
+    pid = int(re.findall(r"decode-0: ready, process (\d+)", (folder / "log").read_text())[-1])
+    other = int(re.findall(r"decode-1: ready, process (\d+)", (folder / "log").read_text())[-1])
+    with client.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        for each in (pid, other):
+            os.kill(each, signal.SIGKILL)
+        said = [line for line in lines if line.startswith("data: ")]
+    assert json.loads(said[-1].removeprefix("data: "))["error"]["code"] == "instance_failed"
+    wait_until(lambda: is_healthy(client), 120)
+    assert "homkv_instance_restarts" in client.get("/metrics").text
+    answer = client.post("/v1/completions", json={"model": "m", "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True})
+    assert answer.json()["usage"]["completion_tokens"] == 3
 
 
 def is_healthy(client: httpx.Client) -> bool:
