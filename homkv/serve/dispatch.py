@@ -17,6 +17,7 @@ import zmq
 from homkv.errors import CapacityError, HomkvError, TransferError
 from homkv.serve.fleet import Address, Fleet, Member
 from homkv.serve.lifecycle import Record, RecordBook, State
+from homkv.serve.links import SERVING
 from homkv.serve.logs import get_logger
 from homkv.serve.messages import (
     Cancel,
@@ -31,7 +32,7 @@ from homkv.serve.messages import (
     Token,
 )
 from homkv.serve.query import DispatchOptions, Ended, Query, Request, Sink
-from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions, Receipt, Wake
+from homkv.transport.endpoint import LinkError, LinkOptions, Receipt, Wake
 from homkv.transport.keys import Security
 
 log = get_logger(__name__)
@@ -49,7 +50,7 @@ class Dispatcher:
         security: Security,
         *,
         limits: DispatchOptions | None = None,
-        options: LinkOptions = DEFAULTS,
+        options: LinkOptions = SERVING,
         on_end: Callable[[Record, HomkvError | None], None] = lambda record, error: None,
     ) -> None:
         self.limits, self.records = limits or DispatchOptions(), RecordBook()
