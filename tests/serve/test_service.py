@@ -11,7 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 from gateway_cases import text_of, words
-from serve_cases import prompt, tiny, wait_until
+from serve_cases import ENDPOINT, OPTIONS, Running, prompt, tiny, twin, wait_until
+
+from homkv.serve.decode import DecodeInstance
+from homkv.serve.messages import FromDecode
+from homkv.serve.prefill import PrefillInstance
+from homkv.transport.endpoint import LinkError
+from homkv.transport.keys import KeyPair, Security, TrustStore
+from homkv.transport.link import Peer
 
 PROMPT = text_of(prompt(150, seed=50))
 
@@ -64,12 +71,12 @@ def check_killed_instance_comes_back(client: httpx.Client, folder: Path) -> None
     assert answer.json()["usage"]["completion_tokens"] == 3
 
 
-def is_healthy(client: httpx.Client) -> bool:
+def is_healthy(client: httpx.Client, num_instances: int = 3) -> bool:
     try:
         health = client.get("/health").json()
     except httpx.TransportError:
         return False
-    return health["status"] == "ok" and len(health["instances"]) == 3
+    return health["status"] == "ok" and len(health["instances"]) == num_instances
 
 
 def check_stream_survives_sigterm(client: httpx.Client, service: "subprocess.Popen[bytes]") -> None:
@@ -82,3 +89,38 @@ def check_stream_survives_sigterm(client: httpx.Client, service: "subprocess.Pop
         rest = [line for line in lines if line.startswith("data: ")]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_gateway_with_keys_before_instances_elsewhere(folder: Path, tmp_path: Path) -> None:
+    loaded = tiny()
+    pairs = {name: KeyPair.generate() for name in ("gateway", "prefill", "decode", "stranger")}
+    for name, pair in pairs.items():
+        pair.save(tmp_path / f"{name}.key")
+        (tmp_path / f"{name}.pub").write_text(pair.public)
+    trusted = TrustStore([pairs["gateway"].public, pairs["prefill"].public])
+    decode = DecodeInstance(
+        twin(loaded), ["balanced"], ENDPOINT, Security(pairs["decode"], trusted), max_tokens=4096, options=OPTIONS
+    )
+    guard = Security(pairs["prefill"], TrustStore([pairs["gateway"].public]))
+    prefill = PrefillInstance(loaded, ENDPOINT, guard, options=OPTIONS)
+    with Running(decode) as d, Running(prefill) as p:
+        with pytest.raises(LinkError, match="refused"):
+            Peer(d.address.endpoint, FromDecode, Security(pairs["stranger"]), pairs["decode"].public, OPTIONS)
+        command = [sys.executable, "-m", "homkv.cli", "serve", "gateway", "--port", "18974", "--model", str(folder)]
+        command += ["--served-model-name", "m", "--keys", str(tmp_path / "gateway.key")]
+        command += ["--prefill-at", f"{p.address.endpoint}={tmp_path / 'prefill.pub'}"]
+        command += ["--decode-at", f"{d.address.endpoint}={tmp_path / 'decode.pub'}"]
+        with (
+            (tmp_path / "log").open("w") as log,
+            subprocess.Popen(command, stderr=log, stdout=log) as service,
+            httpx.Client(base_url="http://127.0.0.1:18974", timeout=60) as client,
+        ):
+            try:
+                wait_until(lambda: is_healthy(client, 2), 120)
+                body = {"model": "m", "prompt": PROMPT, "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+                assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 9
+                wait_until(lambda: 'name="refused.untrusted_key"} 1.0' in client.get("/metrics").text)
+                service.send_signal(signal.SIGINT)
+                assert service.wait(60) == 0
+            finally:
+                service.kill()
