@@ -14,6 +14,7 @@ from homkv.formats.hack_prefill import quantized_prefill
 from homkv.formats.rows import RowsCodec
 
 CPU = torch.device("cpu")
+MAX_DECODE_ROWS = 16  # query rows per kv head that the kernels for GPUs take at once
 
 
 def resolve_impl(codec: PageCodec, impl: str | None, device: torch.device = CPU) -> str:
@@ -99,13 +100,28 @@ def extend(
 
     ``q [B, H, T, D]``, ``k v [B, G, T, D]``: the new tokens, not yet in the view. Raises as :func:`attend` does.
     """
-    if isinstance(codec, RowsCodec) and resolve_impl(codec, impl, q.device) == "triton":
+    chosen = resolve_impl(codec, impl, q.device)
+    if isinstance(codec, RowsCodec) and chosen == "triton":
         from homkv.attention.triton import extend as kernels
 
         return kernels.extend(q, k, v, view, codec, softmax_scale).to(q.dtype)
-    old, old_lse = attend(q, view, codec, softmax_scale, impl=impl)
+    old, old_lse = _attend_many(q, view, codec, softmax_scale, chosen)
     new, new_lse = causal_partial(q, k, v, softmax_scale)
     return reference.merge_partials(old, old_lse, new, new_lse)[0].to(q.dtype)
+
+
+def _attend_many(
+    q: Tensor, view: LayerView, codec: PageCodec, softmax_scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend` for any number of tokens: the decode kernels take a few rows per kv head, one call after another.
+
+    Only HACK's formats come here with many tokens on a GPU; they have no kernel for extension.
+    """
+    at_once = MAX_DECODE_ROWS * view.pool.shape[1] // q.shape[1] if impl == "triton" else q.shape[2]
+    if q.shape[2] <= at_once or at_once == 0:
+        return attend(q, view, codec, softmax_scale, impl=impl)
+    parts = [attend(x, view, codec, softmax_scale, impl=impl) for x in q.split(at_once, 2)]
+    return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
 def prefill(

@@ -1,5 +1,6 @@
 """The gateway process of ``homkv serve``: with local instances (all) or with those of other hosts (gateway)."""
 
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ def run_gateway(settings: "ServeSettings", role: "Role") -> None:
             backlog=2048,
         )
         console.print(f"[bold]homkv[/bold] serves {settings.served_name} at http://{settings.host}:{settings.port}/v1")
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has shut down: we clean up
+            signal.signal(number, lambda *_: None)
         uvicorn.Server(config).run()
 
 
@@ -54,6 +57,7 @@ def _instances(
 ) -> "tuple[list[Address], list[Address], Security]":
     """Addresses of all instances and the keys to reach them."""
     from homkv.serve.spawn import InstanceOptions, LocalCluster
+    from homkv.serve.supervise import Supervisor
     from homkv.transport.keys import KeyPair, Security
 
     remote = [_addresses(settings, texts) for texts in (settings.prefill_at, settings.decode_at)]
@@ -83,6 +87,7 @@ def _instances(
         settings.threads,
         settings.max_tokens,
         log_json=settings.log_json,
+        show_logs=True,
         prefill={
             name: getattr(settings, name) for name in ("source", "chunk_tokens", "prefix_bytes", "overlap", "drain_s")
         },
@@ -90,6 +95,7 @@ def _instances(
     )
     cluster = LocalCluster(options, lambda name, text: console.print(f"{name}: {text}", highlight=False))
     stack.enter_context(cluster)
+    stack.enter_context(Supervisor(cluster))
     return cluster.addresses("prefill"), cluster.addresses("decode"), cluster.security
 
 

@@ -33,7 +33,7 @@ def serve(context: typer.Context) -> None:
         threading.Thread(target=_terminate_at_eof, daemon=True).start()
     from homkv.serve import logs
 
-    logs.configure(as_json=settings.log_json)
+    logs.configure(role, as_json=settings.log_json)
     run: dict[str, Callable[[ServeSettings], None]] = {"prefill": _prefill, "decode": _decode}
     if role in run:
         run[role](settings)

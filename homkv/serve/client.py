@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from homkv.errors import TransferError
 from homkv.serve.dispatch import Dispatcher
 from homkv.serve.fleet import Address
+from homkv.serve.links import SERVING
 from homkv.serve.messages import DecodeTimes, PrefillDone, Progress, Token
 from homkv.serve.query import DispatchOptions, Ended, Query
-from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions
+from homkv.transport.endpoint import LinkError, LinkOptions
 from homkv.transport.keys import Security
 
 __all__ = ["PHASES", "Address", "Answer", "Client", "Query"]
@@ -65,7 +66,7 @@ class Client:
     Connections that break are made again; the request that they broke fails with the reason.
     """
 
-    def __init__(self, prefill: Address, decode: Address, security: Security, options: LinkOptions = DEFAULTS) -> None:
+    def __init__(self, prefill: Address, decode: Address, security: Security, options: LinkOptions = SERVING) -> None:
         limits = DispatchOptions(no_instance_timeout_s=options.peer_timeout_s)
         self._dispatcher = Dispatcher([prefill], [decode], security, limits=limits, options=options)
 

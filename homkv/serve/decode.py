@@ -21,6 +21,7 @@ from homkv.serve.choose import choose
 from homkv.serve.engine import Engine, plan_sequence
 from homkv.serve.exact import make_engine
 from homkv.serve.inbox import check_reserve, content_of
+from homkv.serve.links import SERVING
 from homkv.serve.logs import get_logger
 from homkv.serve.messages import (
     AskStatus,
@@ -39,7 +40,7 @@ from homkv.serve.messages import (
 from homkv.serve.prefix import page_keys
 from homkv.serve.status import StatusBoard
 from homkv.transport.assemble import SequenceAssembler
-from homkv.transport.endpoint import DEFAULTS, LinkOptions
+from homkv.transport.endpoint import LinkOptions
 from homkv.transport.keys import Security
 from homkv.transport.lease import Lease
 from homkv.transport.link import Arrival, Event, Listener, Message
@@ -98,7 +99,7 @@ class DecodeInstance:
         share_prefixes: bool = True,
         lease_s: float = 30.0,
         max_lease_s: float = 600.0,
-        options: LinkOptions = DEFAULTS,
+        options: LinkOptions = SERVING,
     ) -> None:
         self.loaded, self.lease_s, self.max_lease_s = loaded, lease_s, max_lease_s
         self.share_prefixes = share_prefixes
@@ -245,9 +246,8 @@ class DecodeInstance:
 
     def _open(self, client: bytes, ask: Reserve, engine: Engine) -> _Request:
         """Set a request's room aside. Raises CapacityError without changing anything."""
-        keys = page_keys(
-            f"{self.loaded.fingerprint}/{engine.codec.layout_id}/{ask.source}", engine.codec, ask.prompt_ids
-        )
+        root = f"{self.loaded.fingerprint}/{engine.codec.layout_id}/{ask.source}"
+        keys = page_keys(root, engine.codec, ask.prompt_ids) if self.share_prefixes else []
         num_tokens = len(ask.prompt_ids)
         seq, first_page = engine.reserve(num_tokens + ask.max_new_tokens, keys)
         plan = plan_sequence(

@@ -17,6 +17,7 @@ import zmq
 from homkv.errors import CapacityError, HomkvError, TransferError
 from homkv.serve.fleet import Address, Fleet, Member
 from homkv.serve.lifecycle import Record, RecordBook, State
+from homkv.serve.links import SERVING
 from homkv.serve.logs import get_logger
 from homkv.serve.messages import (
     Cancel,
@@ -31,7 +32,7 @@ from homkv.serve.messages import (
     Token,
 )
 from homkv.serve.query import DispatchOptions, Ended, Query, Request, Sink
-from homkv.transport.endpoint import DEFAULTS, LinkError, LinkOptions, Receipt, Wake
+from homkv.transport.endpoint import LinkError, LinkOptions, Receipt, Wake
 from homkv.transport.keys import Security
 
 log = get_logger(__name__)
@@ -49,7 +50,7 @@ class Dispatcher:
         security: Security,
         *,
         limits: DispatchOptions | None = None,
-        options: LinkOptions = DEFAULTS,
+        options: LinkOptions = SERVING,
         on_end: Callable[[Record, HomkvError | None], None] = lambda record, error: None,
     ) -> None:
         self.limits, self.records = limits or DispatchOptions(), RecordBook()
@@ -64,7 +65,7 @@ class Dispatcher:
         self._num_accepted = 0  # and not ended; guarded by the lock
         self._lock = threading.Lock()
         self._renew_at_s, self._blocked_since_s = 0.0, float("inf")
-        self._stop = False
+        self._stop = self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
         self._thread.start()
 
@@ -74,6 +75,11 @@ class Dispatcher:
     def members(self) -> list[Member]:
         """The instances. Read only."""
         return self._fleet.members
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes requests."""
+        return not self._stop
 
     @property
     def num_queued(self) -> int:
@@ -87,6 +93,9 @@ class Dispatcher:
 
     def submit(self, query: Query, sink: Sink, request_id: str | None = None) -> str:
         """Accept a request; returns its id. Raises CapacityError if ``max_requests`` have not ended."""
+        request_id = request_id or secrets.token_hex(12)
+        record = Record(request_id, len(query.prompt_ids))
+        request = Request(query, sink, record, record.submitted_s + self.limits.request_timeout_s)
         with self._lock:
             if self._stop:
                 raise TransferError("expected a running dispatcher, found it closed; make a new one")
@@ -95,11 +104,9 @@ class Dispatcher:
                     f"expected fewer than {self.limits.max_requests} requests at a time, found more; try again later"
                 )
             self._num_accepted += 1
-        request_id = request_id or secrets.token_hex(12)
-        record = Record(request_id, len(query.prompt_ids))
+            self._commands.append(lambda: self._accept(request))
+            self._wake.ring()
         self.records.add(record)
-        request = Request(query, sink, record, record.submitted_s + self.limits.request_timeout_s)
-        self._command(lambda: self._accept(request))
         return request_id
 
     def cancel(self, request_id: str, why: str = "cancelled by its client") -> None:
@@ -113,12 +120,13 @@ class Dispatcher:
     def close(self) -> None:
         """Cancel what runs, end the thread, close all connections. Once is enough, twice does no harm."""
         with self._lock:
-            if self._stop:
-                return
             self._stop = True
-        self._wake.ring()
-        self._thread.join()
-        self._wake.close()
+            if not self._is_closed:
+                self._wake.ring()
+            was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            self._thread.join()
+            self._wake.close()
 
     def __enter__(self) -> Self:
         return self
@@ -135,13 +143,19 @@ class Dispatcher:
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        state, error = State.CANCELLED, TransferError("expected to finish, found the gateway stopping; ask again")
         try:
             while not self._stop:
                 self._turn()
+        except Exception:  # a bug of ours: whoever waits must be told, and health checks must see it
+            log.exception("the dispatcher failed")
+            state, error = State.FAILED, TransferError("expected a sound dispatcher, found a bug in it; see its log")
+        finally:
+            with self._lock:
+                self._stop = True  # nothing is accepted from here on
             self._take_commands()
             for request in list(self._by_id.values()):
-                self._end(request, State.CANCELLED, TransferError("expected to finish, found the gateway stopping"))
-        finally:
+                self._end(request, state, error)
             self._fleet.close()
 
     def _turn(self) -> None:
@@ -211,7 +225,9 @@ class Dispatcher:
     def _start_queued(self, now_s: float) -> None:
         """Ask decode instances for room for what waits, oldest first."""
         while self._queue:
-            decode, sources = self._choose_decode(self._queue[0]), self._sources()
+            waiting = Counter(r.decode for r in self._running.values() if r.record.state == State.RESERVING)
+            limit, wanted = self.limits.reservations_per_instance, self._queue[0].query.kv_cache_dtype
+            decode, sources = self._fleet.choose_decode(wanted, waiting, limit), self._fleet.sources
             if decode is None or not sources:
                 self._fail_if_stuck(now_s)
                 return
@@ -224,22 +240,9 @@ class Dispatcher:
             request.record.end_phase("queue")
             self._say(decode, ask, request)
 
-    def _sources(self) -> list[str]:
-        """Source formats of the prefill instances that are there; they should all have one."""
-        return sorted({m.status.formats[0] for m in self._fleet.prefills if m.status})
-
-    def _choose_decode(self, request: Request) -> Member | None:
-        """The least loaded decode instance for the format where few wait for room."""
-        there = [m for m in self._fleet.decodes if m.status]
-        offering = [m for m in there if m.offers(request.query.kv_cache_dtype)]  # none: let one say so itself
-        waiting = Counter(r.decode for r in self._running.values() if r.record.state == State.RESERVING)
-        limit = self.limits.reservations_per_instance
-        return min((m for m in offering or there if waiting[m] < limit), key=lambda m: m.num_tokens, default=None)
-
     def _fail_if_stuck(self, now_s: float) -> None:
         """Fail what waits if, for too long, there has been no instance of a kind at all."""
-        groups = {"prefill": self._fleet.prefills, "decode": self._fleet.decodes}
-        missing = [name for name, group in groups.items() if not any(m.status for m in group)]
+        missing = self._fleet.missing
         self._blocked_since_s = min(self._blocked_since_s, now_s) if missing else float("inf")
         if now_s - self._blocked_since_s > self.limits.no_instance_timeout_s:
             errors = {m.last_error for m in self._fleet.members if m.last_error}
@@ -255,11 +258,10 @@ class Dispatcher:
         """There is room: let the least loaded prefill instance compute the prompt."""
         if request.record.state != State.RESERVING:
             return
-        there = [m for m in self._fleet.prefills if m.status and m.status.formats[0] == request.source]
-        if not there:
+        prefill = self._fleet.choose_prefill(request.source)
+        if prefill is None:
             self._attempt_failed(request, LinkError("vanished", "expected a prefill instance, found none left"), None)
             return
-        prefill = min(there, key=lambda m: m.num_tokens)
         order = request.order(prefill, ticket)
         prefill.load[request.sequence] = len(order.prompt_ids)
         record = request.record

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -108,6 +109,28 @@ class Fleet:
     def members(self) -> list[Member]:
         """Prefill instances, then decode instances."""
         return self.prefills + self.decodes
+
+    @property
+    def missing(self) -> list[Role]:
+        """Roles of which no instance is there."""
+        groups: dict[Role, list[Member]] = {"prefill": self.prefills, "decode": self.decodes}
+        return [role for role, group in groups.items() if not any(m.status for m in group)]
+
+    @property
+    def sources(self) -> list[str]:
+        """Source formats of the prefill instances that are there; they should all have one."""
+        return sorted({m.status.formats[0] for m in self.prefills if m.status})
+
+    def choose_prefill(self, source: str) -> Member | None:
+        """The least loaded prefill instance that keeps KV in ``source``; None if there is none."""
+        there = [m for m in self.prefills if m.status and m.status.formats[0] == source]
+        return min(there, key=lambda m: m.num_tokens, default=None)
+
+    def choose_decode(self, kv_cache_dtype: str, waiting: "Counter[Member | None]", limit: int) -> Member | None:
+        """The least loaded decode instance for a format where fewer than ``limit`` are ``waiting`` for room."""
+        there = [m for m in self.decodes if m.status]
+        offering = [m for m in there if m.offers(kv_cache_dtype)]  # none: let one say so itself
+        return min((m for m in offering or there if waiting[m] < limit), key=lambda m: m.num_tokens, default=None)
 
     def connect(self, member: Member, now_s: float) -> bool:
         """Bring a connection about without waiting for it; whether it has just been made."""

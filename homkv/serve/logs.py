@@ -16,13 +16,19 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
-def configure(*, as_json: bool, level: int = logging.INFO) -> None:
-    """Write all logs of this process to standard error, as JSON lines or for reading."""
+def configure(role: str, *, as_json: bool, level: int = logging.INFO) -> None:
+    """Write all logs of this process to standard error, as JSON lines or for reading. Every line names ``role``."""
+
+    def add_role(_: object, __: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        fields["role"] = role
+        return fields
+
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.ExtraAdder(),
+        add_role,
         structlog.processors.format_exc_info,
     ]
     last: structlog.typing.Processor = (

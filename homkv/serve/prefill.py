@@ -16,6 +16,7 @@ from homkv.models.forward import last_logits
 from homkv.serve.choose import choose
 from homkv.serve.engine import plan_sequence, serving_codec
 from homkv.serve.kept import KeptPrefixes
+from homkv.serve.links import SERVING
 from homkv.serve.logs import get_logger
 from homkv.serve.messages import (
     AskStatus,
@@ -33,7 +34,7 @@ from homkv.serve.pipe import LayerPipe
 from homkv.serve.prompt import PromptJob
 from homkv.serve.status import StatusBoard
 from homkv.serve.turns import Turns
-from homkv.transport.endpoint import DEFAULTS, LinkOptions
+from homkv.transport.endpoint import LinkOptions
 from homkv.transport.keys import Security
 from homkv.transport.link import Event, Listener, Message, PeerLost
 from homkv.transport.sender import FrameSender, FrameTiming
@@ -63,7 +64,7 @@ class PrefillInstance:
         prefix_bytes: int = 256 << 20,
         overlap: bool = True,
         link_gbps: float | None = None,
-        options: LinkOptions = DEFAULTS,
+        options: LinkOptions = SERVING,
     ) -> None:
         self.loaded, self._security, self._options = loaded, security, options
         self._codecs: dict[str, PageCodec] = {}

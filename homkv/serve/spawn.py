@@ -52,6 +52,7 @@ class InstanceOptions:
     max_tokens: int = 32_768
     start_timeout_s: float = 600.0
     log_json: bool = False
+    show_logs: bool = False  # on our standard error; else they are kept for errors
     # more settings of the roles, by the names of ServeSettings
     prefill: dict[str, object] = field(default_factory=dict)
     decode: dict[str, object] = field(default_factory=dict)
@@ -63,6 +64,9 @@ class InstanceOptions:
             return common | {"link_gbps": self.link_gbps} | self.prefill
         formats = msgspec.json.encode(self.formats).decode()  # JSON: a format's name may have commas
         return common | {"max_tokens": self.max_tokens, "kv_cache_dtype": formats} | self.decode
+
+
+ROLES: tuple[Role, Role] = ("decode", "prefill")  # in the order in which they start
 
 
 class LocalCluster:
@@ -84,6 +88,8 @@ class LocalCluster:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self._endpoints: dict[str, str] = {}
+        self._lock = threading.Lock()  # between close() and revive()
+        self._is_closed = False
 
     @property
     def security(self) -> Security:
@@ -102,12 +108,16 @@ class LocalCluster:
         return Path(self._folder.name)
 
     def __enter__(self) -> Self:
+        self._is_closed = False
         self._folder = tempfile.TemporaryDirectory(prefix="homkv-")  # for this user only
         try:
-            for name in self._names["decode"]:
-                self._start("decode", name, ["client", *self._names["prefill"]])
-            for name in self._names["prefill"]:
-                self._start("prefill", name, ["client"])
+            for role in ROLES:
+                trusted = ["client", *(self._names["prefill"] if role == "decode" else [])]
+                for name in self._names[role]:
+                    self._keys[name].save(self.folder / f"{name}.key")
+                    trust = "\n".join(self._keys[other].public for other in trusted)
+                    (self.folder / f"{name}.trust").write_text(trust)
+                    self._start(name)
             for name in self.processes:
                 self._await_ready(name)
         except BaseException:
@@ -132,13 +142,21 @@ class LocalCluster:
             said.append(f"the {name} instance ended with code {code}; its log:\n{self.log(name)}")
         return "\n".join(said)
 
-    def _start(self, role: Role, name: str, trusted: list[str]) -> None:
-        key, trust = self.folder / f"{name}.key", self.folder / f"{name}.trust"
-        self._keys[name].save(key)
-        trust.write_text("\n".join(self._keys[other].public for other in trusted))
-        flags = self._options.flags(role) | {"keys": key, "trust": trust}
+    def revive(self, name: str) -> None:
+        """Start a child that has ended again, at its old address with its old keys. Raises TransferError."""
+        code = self.processes[name].wait()
+        self._report(name, f"ended with code {code}, starts again")
+        with self._lock:
+            if self._is_closed:
+                return
+            self._start(name, endpoint=self._endpoints[name])
+        self._await_ready(name)
+
+    def _start(self, name: str, **more: object) -> None:
+        role: Role = "decode" if name in self._names["decode"] else "prefill"
+        files = {"keys": self.folder / f"{name}.key", "trust": self.folder / f"{name}.trust"}
         command = [sys.executable, "-m", "homkv.cli", "serve", role, "--until-eof"]
-        for setting, value in flags.items():
+        for setting, value in (self._options.flags(role) | files | more).items():
             if value is not None:
                 flag = setting.replace("_", "-")
                 command += [f"--no-{flag}" if value is False else f"--{flag}"]
@@ -148,7 +166,7 @@ class LocalCluster:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=None if self._options.show_logs else log,
                 text=True,
                 process_group=0,  # Ctrl-C is for the parent, which lets the children finish first
             )
@@ -189,6 +207,8 @@ class LocalCluster:
 
     def close(self) -> None:
         """Ask the children to stop, end those that do not, remove the keys."""
+        with self._lock:
+            self._is_closed = True
         for process in self.processes.values():
             if process.stdin is not None:
                 process.stdin.close()

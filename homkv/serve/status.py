@@ -1,6 +1,8 @@
 """What an instance tells about itself when asked."""
 
+import resource
 import secrets
+import sys
 import time
 from collections import Counter
 from typing import Literal
@@ -21,3 +23,9 @@ class StatusBoard:
         counters = {name: float(count) for name, count in self.counters.items()}
         counters |= {f"refused.{reason}": float(count) for reason, count in refused.items()}
         return Status(number, self.role, self.incarnation, time.monotonic(), self.model, self.formats, counters, gauges)
+
+
+def peak_rss_bytes() -> float:
+    """Most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Self, cast
 
@@ -20,10 +20,11 @@ from homkv.serve.client import Address, Answer, Client, Query
 from homkv.serve.convert import EXACT_DTYPE
 from homkv.serve.decode import DecodeInstance
 from homkv.serve.engine import expectation, serving_codec
+from homkv.serve.links import SERVING
 from homkv.serve.messages import FromDecode, FromPrefill, Prefill, Reserve, Ticket
 from homkv.serve.prefill import PrefillInstance
 from homkv.transport.assemble import SequencePlan
-from homkv.transport.endpoint import LinkOptions, Receipt
+from homkv.transport.endpoint import Receipt
 from homkv.transport.keys import Security
 from homkv.transport.link import Peer
 from homkv.transport.sender import FrameSender
@@ -31,7 +32,7 @@ from homkv.transport.sender import FrameSender
 VOCABULARY, CONTEXT, NUM_LAYERS = 200, 2048, 2
 NAN_TOKEN = 199  # its embedding is NaN: whatever attends to it overflows
 OPEN = Security(insecure=True)
-OPTIONS = LinkOptions(peer_timeout_s=4.0, ack_timeout_s=8.0, linger_s=0.2)
+OPTIONS = replace(SERVING, peer_timeout_s=4.0, ack_timeout_s=8.0, linger_s=0.2)
 PROMPT_S = 3.0  # "promptly": far below every timeout of the link, with room for a busy machine
 PATIENCE_S = 20.0
 ENDPOINT = "tcp://127.0.0.1:0"

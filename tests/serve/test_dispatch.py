@@ -203,6 +203,20 @@ def test_load_is_shared_and_capped(loaded: LoadedModel) -> None:
         assert dispatcher.num_accepted == 0
 
 
+def test_a_dispatcher_that_is_held_up_finds_every_token(loaded: LoadedModel) -> None:
+    """Thousands of messages wait meanwhile: none is lost, and the connection holds."""
+    with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
+        asked = [Asked(dispatcher, Query(prompt(20, seed=i), "balanced", 150)) for i in range(12)]
+        for each in asked:
+            each.until(1)
+        held_up, done_before = threading.Event(), d.instance.status.counters["tokens"]
+        dispatcher._command(lambda: bool(held_up.wait(PATIENCE_S)) and None)
+        wait_until(lambda: d.instance.status.counters["tokens"] > done_before + 1200)
+        held_up.set()
+        assert all(each.end().error is None for each in asked)
+        assert dispatcher.members[1].num_lost == 0
+
+
 def test_closing_ends_every_request(loaded: LoadedModel) -> None:
     with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
         asked = [Asked(dispatcher, Query(prompt(20, seed=i), "balanced", 1000)) for i in range(3)]

@@ -8,7 +8,7 @@ from serve_cases import PATIENCE_S, PROMPT_S, Pair, RawRequest, bystander, promp
 from homkv.errors import TransferError
 from homkv.models import LoadedModel
 from homkv.serve.client import Query
-from homkv.serve.messages import Cancel, Failed, Prefill, Progress
+from homkv.serve.messages import Cancel, Failed, Prefill, Progress, Renew
 from homkv.transport.wire import FrameError
 
 SLOW_GBPS = 0.0008
@@ -115,6 +115,20 @@ def test_every_layer_renews_the_lease(loaded: LoadedModel) -> None:
         failed = request.answer(1.5 + PROMPT_S)
         assert isinstance(failed, Failed)
         assert "the first token missing" in failed.detail
+
+
+def test_a_heartbeat_cannot_keep_a_lease_for_ever(loaded: LoadedModel) -> None:
+    with start_pair(loaded, lease_s=0.6, max_lease_s=1.5) as pair, RawRequest(pair) as request:
+        start_s, failed = time.monotonic(), None
+        while failed is None:
+            request.peer.send(Renew([request.request_id]))
+            assert time.monotonic() - start_s < 1.5 + PROMPT_S
+            said = request.peer.poll(0.2)
+            failed = next((message for message in said if isinstance(message, Failed)), None)
+        assert time.monotonic() - start_s > 1.0
+        assert "within 1.5 s" in failed.detail
+        assert pair.decoder.status.counters["leases_expired"] == 1
+        pair.assert_free()
 
 
 def test_instances_that_stop_tell_their_clients(loaded: LoadedModel) -> None:

@@ -139,7 +139,8 @@ def _service_routes(app: FastAPI, gateway: Gateway) -> None:
         up = {role: sum(m.role == role and m.status is not None for m in members) for role in ("prefill", "decode")}
         instances = {m.name: "up" if m.status else m.last_error or "connecting" for m in members}
         is_whole = all(m.status for m in members)
-        status = "ok" if is_whole else "degraded" if all(up.values()) else "unavailable"
+        can_serve = gateway.dispatcher.is_running and all(up.values())
+        status = "unavailable" if not can_serve else "ok" if is_whole else "degraded"
         return JSONResponse({"status": status, "instances": instances}, 503 if status == "unavailable" else 200)
 
     @app.get("/metrics")

@@ -1,0 +1,59 @@
+"""``homkv bench serve`` against a real service."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from gateway_cases import serving
+
+from homkv import cli
+from homkv.bench.load import Load, LoadOptions, LoadResult, Stream
+from homkv.errors import ShapeError, TransferError
+from homkv.models import LoadedModel
+
+
+def test_a_closed_loop_and_random_arrivals_are_measured(loaded: LoadedModel) -> None:
+    with serving(loaded) as service:
+        closed = Load(LoadOptions(service.url, num_requests=12, concurrency=6, max_tokens=8)).run()
+        assert (len(closed.done), closed.max_open, closed.errors) == (12, 6, {})
+        assert {s.num_tokens for s in closed.done} == {8}
+        assert {s.num_prompt_tokens for s in closed.done} == {60}
+        assert all(0 < s.ttft_s < s.e2el_s for s in closed.done)
+        assert closed.tokens_per_s == pytest.approx(96 / closed.wall_s)
+        assert set(closed.before) == set(closed.after) != set()
+        poisson = Load(LoadOptions(service.url, num_requests=10, rate=20.0, max_tokens=4, shared_words=30)).run()
+        assert len(poisson.done) == 10
+        service.assert_free()
+
+
+def test_errors_are_counted(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with serving(loaded, max_new_tokens=4) as service:
+        result = Load(LoadOptions(service.url, num_requests=3, concurrency=3, max_tokens=5)).run()
+        assert result.errors == {"HTTP 400": 3}
+        record = tmp_path / "load.jsonl"
+        command = ["homkv", "bench", "serve", "--url", service.url, "--requests", "2", "--json", str(record)]
+        for max_tokens, code in ((4, 0), (5, 1)):
+            monkeypatch.setattr(sys, "argv", [*command, "--max-tokens", str(max_tokens)])
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+            assert stopped.value.code == code
+        rows = [json.loads(line) for line in record.read_text().splitlines()]
+        assert [row["num_done"] for row in rows] == [2, 0]
+        assert "api_key" not in rows[0]["options"]
+
+
+def test_percentiles() -> None:
+    streams = [Stream(ttft_s=float(i), e2el_s=float(i) + 2, num_tokens=3) for i in range(1, 101)]
+    result = LoadResult(LoadOptions("http://x"), 10.0, [*streams, Stream(error="HTTP 503")], 7)
+    assert result.latencies()["ttft_s"] == pytest.approx({"mean": 50.5, "p50": 50.5, "p90": 90.1, "p99": 99.01})
+    assert result.latencies()["tpot_s"]["p99"] == pytest.approx(1.0)
+
+
+def test_what_cannot_be_sent_is_refused() -> None:
+    with pytest.raises(ShapeError, match="rate"):
+        LoadOptions("http://x", rate=0.0)
+    with pytest.raises(ShapeError, match="shared words"):
+        LoadOptions("http://x", prompt_words=3, shared_words=4)
+    with pytest.raises(TransferError, match="homkv serve"):
+        Load(LoadOptions("http://127.0.0.1:9", num_requests=1)).run()
