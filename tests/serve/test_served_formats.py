@@ -15,6 +15,8 @@ from homkv.serve.client import Query
         ("fp8", 60, 0.7, 0.7),
         ("kivi:r=64", 60, 0.5, 0.55),
         ("kvquant:page=64", 60, 0.5, 0.5),
+        ("turbo", 60, 0.6, 0.6),
+        ("decoquant:page=64", 60, 0.6, 0.6),
         ("cachegen", 60, 1, 0.8),
         ("cachegen:as=published", 15, 1, 0.7),
     ],
