@@ -1,9 +1,11 @@
 """Stored forms by name: the one place that turns ``--kv-cache-dtype`` into a codec."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from homkv.errors import FormatError
 from homkv.formats.base import EIGHT_BIT, UNROUNDED, PageCodec, Rounding
+from homkv.formats.basis import BasisCodec, BasisTables
 from homkv.formats.cachegen import CachegenCodec, CachegenOptions
 from homkv.formats.decoquant import DecoquantCodec, DecoquantOptions
 from homkv.formats.exact import EXACT_DTYPES, ExactCodec
@@ -30,6 +32,7 @@ WITH_OPTIONS: dict[str, Callable[[int, Switches, Channels], PageCodec]] = {
     "cachegen": lambda head_dim, options, _: CachegenCodec(head_dim, CachegenOptions.parse(options)),
     "turbo": lambda head_dim, options, _: TurboCodec(head_dim, TurboOptions.parse(options)),
     "decoquant": lambda head_dim, options, _: DecoquantCodec(head_dim, DecoquantOptions.parse(options)),
+    "basis": lambda head_dim, options, _: BasisCodec(head_dim, BasisTables.load(basis_path(options))),
 }
 LISTED = (
     "hack",
@@ -44,6 +47,13 @@ LISTED = (
     "turbo:bits=3",
     "decoquant",
 )
+
+
+def basis_path(options: Switches) -> Path:
+    """Where the tables of ``basis`` are. Raises FormatError."""
+    if set(options) != {"file"}:
+        raise FormatError(f"expected basis:file=PATH, found options {dict(options)}; `homkv basis` makes the file")
+    return Path(options["file"])
 
 
 def rotation(rope: Channels) -> RopeSpec | None:

@@ -64,7 +64,7 @@ class PageCodec(ABC):
         return self.min_window + self.page_tokens
 
     def at_layer(self, layer: int, num_layers: int) -> Self:
-        """This codec for encoding in one layer of a model. The same unless a format treats layers differently."""
+        """This codec for one layer of a model: the same unless a format treats layers differently."""
         return self
 
     @abstractmethod
