@@ -29,6 +29,10 @@ UNROUNDED = Rounding(q=False, p=False)
 class PageCoder(Protocol):
     """A lossless packing of pages for the wire, ``[N, G, P]`` at a time."""
 
+    def require(self) -> None:
+        """Raise UnsupportedError if a library that it needs is not installed."""
+        ...
+
     def encode(self, pages: memoryview, num_pages: int) -> bytes:
         """Pack ``num_pages`` pages of all kv heads, at least one."""
         ...
