@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from homkv.errors import ShapeError
+from homkv.errors import ShapeError, UnsupportedError
 from homkv.spec import DEFAULT_FORMAT, PRESETS
 
 if TYPE_CHECKING:
@@ -55,15 +55,29 @@ def formats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """List every format of --kv-cache-dtype with its true size."""
-    from homkv.formats import format_names, make_codec  # torch: seconds
-
     if context < 1:
         raise ShapeError(f"expected --context of at least 1 token, found {context}; a typical one is 32768")
-    costs = [cost(make_codec(name, head_dim), name, context) for name in format_names()]
+    costs, unsupported = measure(head_dim, context)
     if as_json:
-        print(json.dumps({"head_dim": head_dim, "context": context, "formats": [asdict(c) for c in costs]}, indent=1))
+        report = {"head_dim": head_dim, "context": context, "formats": [asdict(c) for c in costs]}
+        print(json.dumps(report | {"unsupported": unsupported}, indent=1))
         return
     Console().print(render(costs, head_dim, context))
+    if unsupported:
+        Console().print(f"Not for head_dim {head_dim}: {', '.join(unsupported)}", highlight=False)
+
+
+def measure(head_dim: int, context: int) -> tuple[list[FormatCost], dict[str, str]]:
+    """Costs of the formats that cover this head_dim; for the others the reason why not."""
+    from homkv.formats import format_names, make_codec  # torch: seconds
+
+    costs, unsupported = [], {}
+    for name in format_names():
+        try:
+            costs.append(cost(make_codec(name, head_dim), name, context))
+        except UnsupportedError as error:
+            unsupported[name] = str(error)
+    return costs, unsupported
 
 
 def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
@@ -74,7 +88,7 @@ def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
         caption="bits per element held, bits sent (<: an entropy coder packs it further), bytes per token of one kv "
         "head: pages, sinks and window, scales and padding. "
         f"Default: {DEFAULT_FORMAT}. Any kABCDvEFGH works too: bits (0, 2, 4, 8) of K's quarters from the slowest to "
-        "the fastest RoPE frequency, then of V's.",
+        "the fastest RoPE frequency, then of V's. Options as in kivi:bits=4 are in docs/hack.md and docs/rivals.md.",
         title_justify="left",
         caption_justify="left",
     )

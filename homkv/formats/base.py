@@ -29,6 +29,10 @@ UNROUNDED = Rounding(q=False, p=False)
 class PageCoder(Protocol):
     """A lossless packing of pages for the wire, ``[N, G, P]`` at a time."""
 
+    def require(self) -> None:
+        """Raise UnsupportedError if a library that it needs is not installed."""
+        ...
+
     def encode(self, pages: memoryview, num_pages: int) -> bytes:
         """Pack ``num_pages`` pages of all kv heads, at least one."""
         ...
@@ -64,7 +68,7 @@ class PageCodec(ABC):
         return self.min_window + self.page_tokens
 
     def at_layer(self, layer: int, num_layers: int) -> Self:
-        """This codec for encoding in one layer of a model. The same unless a format treats layers differently."""
+        """This codec for one layer of a model: the same unless a format treats layers differently."""
         return self
 
     @abstractmethod

@@ -36,6 +36,10 @@ class ChannelCoder:
         self._dim, self._tokens, self._page_bytes = head_dim, page_tokens, page_bytes
         self._code_bytes, self._chunk_pages, self._table = 2 * page_tokens * head_dim, chunk_pages, np.dtype(table)
 
+    def require(self) -> None:
+        """Raise UnsupportedError if the coder's library is not installed."""
+        library()
+
     def encode(self, pages: memoryview, num_pages: int) -> bytes:
         """Pack ``num_pages`` pages of all heads, at least one."""
         rows = np.frombuffer(pages, np.uint8).reshape(num_pages, -1, self._page_bytes)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from homkv.errors import FormatError
 
 LARGEST = (1 << 32) - 1
+WHERE = "all options are in docs/hack.md and docs/rivals.md"
 FLAG = {"0": False, "1": True}
 
 
@@ -24,7 +25,7 @@ class Switch:
             return self.choices[text]
         if self.choices is None and text.isascii() and text.isdigit() and int(text) <= LARGEST:
             return int(text)
-        raise FormatError(f"expected {self.key}={self.expected()}, found {self.key}={text}; see `homkv formats`")
+        raise FormatError(f"expected {self.key}={self.expected()}, found {self.key}={text}; {WHERE}")
 
     def spell(self, value: Any) -> str:
         """Spelling of one value. Raises FormatError if the switch has no such value."""
@@ -33,9 +34,7 @@ class Switch:
         for text, choice in (self.choices or {}).items():
             if type(choice) is type(value) and choice == value:
                 return text
-        raise FormatError(
-            f"expected {self.field} for {self.key}={self.expected()}, found {value!r}; see `homkv formats`"
-        )
+        raise FormatError(f"expected {self.field} for {self.key}={self.expected()}, found {value!r}; {WHERE}")
 
     def expected(self) -> str:
         """The spellings, for messages."""

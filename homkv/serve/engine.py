@@ -210,9 +210,12 @@ class PagedEngine(Engine):
 def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = None) -> PageCodec:
     """Bind a format to a head, as ``make_codec`` does, if prefill and decode instances can serve it.
 
-    Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered.
+    Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered, and for an entropy
+    coder that is not installed.
     """
     codec = make_codec(kv_cache_dtype, head_dim, rope)
+    if codec.coder is not None:
+        codec.coder.require()
     if computes_quantized_prefill(codec):
         raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
     return codec

@@ -11,7 +11,7 @@ from homkv.formats.base import Rounding
 from homkv.rope import default_rope
 from homkv.spec import PRESETS
 from homkv.testing.compare import assert_relative
-from homkv.testing.inputs import make_tokens
+from homkv.testing.inputs import KINDS, make_tokens
 
 formats = pytest.mark.parametrize("name", format_names())
 DTYPE = torch.float64
@@ -63,6 +63,17 @@ def test_pages_do_not_depend_on_how_many_are_encoded_at_once(name: str) -> None:
     k, v = make_tokens("outliers", 2, 3 * size, 64, seed=1), make_tokens("normal", 2, 3 * size, 64, seed=2)
     one_by_one = [codec.encode(k[:, i : i + size], v[:, i : i + size], 4 + i) for i in range(0, 3 * size, size)]
     assert torch.equal(torch.cat(one_by_one, 1), pages)
+
+
+@formats
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_values_come_back_finite_and_within_the_range(name: str, kind: str) -> None:
+    """No element is off by more than a row's length, or than the smallest steps that fp16 and E5M3 can say."""
+    codec = make_codec(name, 64, default_rope(64))
+    x = make_tokens(kind, 2, codec.page_tokens, 64, seed=3)
+    for found in codec.dense(codec.encode(x, x, 4)):
+        assert bool(torch.isfinite(found).all())
+        assert (found - x).abs().max() <= x.norm(dim=-1).max() + 2.0**-16
 
 
 @formats

@@ -1,12 +1,16 @@
 """Formats of the comparison, between two instances: the tokens that one process alone gets with the same format."""
 
+import sys
+
 import pytest
 import torch
 from serve_cases import NAN_TOKEN, prompt, start_pair, twin
 
 import homkv
+from homkv.errors import UnsupportedError
 from homkv.models import LoadedModel
 from homkv.serve.client import Query
+from homkv.serve.engine import serving_codec
 
 
 @pytest.mark.parametrize(
@@ -15,6 +19,8 @@ from homkv.serve.client import Query
         ("fp8", 60, 0.7, 0.7),
         ("kivi:r=64", 60, 0.5, 0.55),
         ("kvquant:page=64", 60, 0.5, 0.5),
+        ("turbo", 60, 0.6, 0.6),
+        ("decoquant:page=64", 60, 0.6, 0.6),
         ("cachegen", 60, 1, 0.8),
         ("cachegen:as=published", 15, 1, 0.7),
     ],
@@ -39,3 +45,10 @@ def test_a_served_format_answers_as_one_process_does(
     assert answer.kv_bytes <= share_held * sixteen_bits * (300 + new_tokens - 1)
     assert answer.prefill is not None
     assert answer.prefill.wire_bytes <= share_sent * sixteen_bits * 300
+
+
+def test_a_missing_library_is_noticed_before_anything_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "constriction", None)  # as if it were not installed
+    with pytest.raises(UnsupportedError, match="pip install"):
+        serving_codec("cachegen", 64)
+    assert serving_codec("kivi", 64).coder is None
