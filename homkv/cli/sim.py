@@ -145,6 +145,9 @@ def whatif(
     overlap: Overlap = True,
     prefill_price: Annotated[float, typer.Option(help="Of a prefill GPU and hour.")] = 1.0,
     decode_price: Annotated[float, typer.Option(help="Of a decode GPU and hour.")] = 1.0,
+    utilisation: Annotated[
+        float, typer.Option(help="Of the bottleneck, to count instances for; less for bursts.")
+    ] = 0.8,
     min_gain: Annotated[float, typer.Option(help="Less than this of cost or JCT is not worth compressing for.")] = 0.1,
     sweep: Annotated[bool, typer.Option(help="Also over link, rate and prompt length.")] = False,
     json_file: JsonFile = None,
@@ -158,7 +161,7 @@ def whatif(
     work = make_requests(trace, profile, requests_per_s, requests, seed)
     names, prices = tuple(kv_cache_dtype or FORMATS), Prices(prefill_price, decode_price)
     with progress(len(names), "") as advance:
-        found = options(base, work, prices, names, advance)
+        found = options(base, work, prices, names, utilisation, advance)
     title = f"{model}, {base.prefill_gpu} to {base.decode_gpu}: {describe(work)}"
     print_advice(Console(), found, advise(found, min_gain), title)
     points = list(sweeps(base, work, prices, names)) if sweep or plots is not None else []

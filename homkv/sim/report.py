@@ -135,7 +135,9 @@ def artifact_table(rows: Sequence[ArtifactRow]) -> Table:
 def option_table(options: Sequence[Option], best: Option, title: str) -> Table:
     """Sized deployments, the recommended one in green."""
     headings = ["prefill", "decode", "GPUs", "cost/M tokens", "JCT s", "P99 s", "TTFT s", "TPOT ms", "transfer s"]
-    table = _table(title, ["format"], [*headings, "limit"], "instances sized for 80 % of the bottleneck's capacity")
+    table = _table(
+        title, ["format"], [*headings, "limit"], "instances for the mean load at --utilisation of every stage"
+    )
     for o in options:
         s = o.summary
         times = [f"{s.jct_s:.2f}", f"{s.jct_p99_s:.2f}", f"{s.ttft_s:.2f}", f"{1e3 * s.tpot_s:.1f}"]
