@@ -67,7 +67,7 @@ def test_paper_prints_claims(tmp_path: Path) -> None:
         "--json", str(table), "--plots", str(tmp_path),
     )  # fmt: skip
     assert "71%" in out
-    assert len(table.read_text().splitlines()) == 10 + 9
+    assert len(table.read_text().splitlines()) == 11 + 9
     assert (tmp_path / "sim-v100-cocktail.png").exists()
 
 
