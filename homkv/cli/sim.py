@@ -13,6 +13,7 @@ from homkv.cli.sim_work import (
     plot_paper,
     plot_run,
     plot_sweeps,
+    plot_validation,
     print_paths,
     progress,
     run_lines,
@@ -145,6 +146,9 @@ def whatif(
     overlap: Overlap = True,
     prefill_price: Annotated[float, typer.Option(help="Of a prefill GPU and hour.")] = 1.0,
     decode_price: Annotated[float, typer.Option(help="Of a decode GPU and hour.")] = 1.0,
+    utilisation: Annotated[
+        float, typer.Option(help="Of the bottleneck, to count instances for; less for bursts.")
+    ] = 0.8,
     min_gain: Annotated[float, typer.Option(help="Less than this of cost or JCT is not worth compressing for.")] = 0.1,
     sweep: Annotated[bool, typer.Option(help="Also over link, rate and prompt length.")] = False,
     json_file: JsonFile = None,
@@ -158,7 +162,7 @@ def whatif(
     work = make_requests(trace, profile, requests_per_s, requests, seed)
     names, prices = tuple(kv_cache_dtype or FORMATS), Prices(prefill_price, decode_price)
     with progress(len(names), "") as advance:
-        found = options(base, work, prices, names, advance)
+        found = options(base, work, prices, names, utilisation, advance)
     title = f"{model}, {base.prefill_gpu} to {base.decode_gpu}: {describe(work)}"
     print_advice(Console(), found, advise(found, min_gain), title)
     points = list(sweeps(base, work, prices, names)) if sweep or plots is not None else []
@@ -169,21 +173,26 @@ def whatif(
 
 @app.command()
 def validate(
-    record: Annotated[Path, typer.Argument(help="Record of a real replay, written by `homkv bench jct`.")],
+    records: Annotated[list[Path], typer.Argument(help="Records of real replays: homkv bench jct, homkv bench pd.")],
+    gpu: Annotated[str | None, typer.Option(help="Take step times from this GPU's tables, none from records.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --gpu: the model of the records.")] = None,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a run misses 10 % of the mean or 20 % of P99.")] = False,
     json_file: JsonFile = None,
     plots: Plots = None,
 ) -> None:
-    """Simulate a real record's requests with its own step times, and compare job completion times."""
-    from homkv.sim.plots import agreement, save
+    """Simulate the requests of real records with their own step times, and compare job completion times."""
+    from homkv.sim.fitted import fit
     from homkv.sim.report import validation_table
+    from homkv.sim.validate import tables
     from homkv.sim.validate import validate as compare
 
-    rows = compare(record)
+    if (gpu is None) != (model is None):
+        raise UnsupportedError("expected --gpu together with --model, found one of them; give both or none")
+    costs_of = fit if gpu is None or model is None else tables(gpu, model)
+    rows = [row for record in records for row in compare(record, costs_of)]
     Console().print(validation_table(rows))
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:
-        figure = agreement({row.run_id: row.pairs for row in rows}, "Simulated and measured")
-        print_paths(save(figure, plots, "sim-validation"))
+        print_paths(plot_validation(rows, "measured steps" if gpu is None else f"tables of {gpu}", plots))
     if check and not all(row.holds for row in rows):
         raise typer.Exit(1)

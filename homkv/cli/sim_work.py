@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from homkv.sim.scenario import Scenario
     from homkv.sim.summary import Summary
     from homkv.sim.trace import Request
+    from homkv.sim.validate import Validation
     from homkv.sim.whatif import Point, Prices
 
 
@@ -135,6 +136,17 @@ def write_runs(path: Path, base: "Scenario", outcomes: "dict[str, Outcome]", see
         )
         write_record(path, [info], append=index > 0)
         write_record(path, outcome.tally.records(name), append=True)
+
+
+def plot_validation(rows: "Sequence[Validation]", source: str, folder: Path) -> list[Path]:
+    """Simulated over measured JCT of every request, a colour per format; returns the files."""
+    from homkv.sim.plots import agreement, save
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        link = "device to device" if row.link_gbps is None else "TCP"
+        points.setdefault(f"{row.kv_cache_dtype}, {link}", []).extend(row.pairs)
+    return save(agreement(points, f"JCT, simulated from {source}"), folder, "sim-validation")
 
 
 def print_paths(paths: Iterable[Path]) -> None:

@@ -29,7 +29,6 @@ class FittedCosts:
     pack: tuple[float, ...]
     unpack: tuple[float, ...]
     decode: tuple[float, ...]
-    handoff_s: float
     wire: Mapping[int, int]
     kv: Mapping[int, int]
     stages: int = 1
@@ -76,17 +75,21 @@ def fit(run: Run) -> FittedCosts:
                 f"run {run.info.run_id!r}: expected step lines of {stage}, found none; "
                 "write records with `homkv bench jct`, which measures them"
             )
-    handoff = [s.seconds for s in stages["handoff"]]
     return FittedCosts(
         num_layers=run.info.num_layers,
         prefill=non_negative_fit(stages["prefill"], POLYNOMIAL),
         pack=non_negative_fit(stages["pack"], LINEAR),
         unpack=non_negative_fit(stages["unpack"], LINEAR),
         decode=non_negative_fit(stages["decode"], DECODE),
-        handoff_s=sum(handoff) / len(handoff) if handoff else 0.0,
         wire={r.prompt_tokens: r.wire_bytes for r in run.requests},
         kv={r.prompt_tokens + r.output_tokens: r.kv_bytes for r in run.requests},
     )
+
+
+def handoff_s(run: Run) -> float:
+    """Mean of a run's handoff samples; 0 without any."""
+    samples = [s.seconds for s in run.steps if s.stage == "handoff"]
+    return sum(samples) / len(samples) if samples else 0.0
 
 
 def non_negative_fit(samples: Sequence[StepSample], basis: Basis) -> tuple[float, ...]:

@@ -20,7 +20,8 @@ PROFILES = ("imdb", "humaneval", "arxiv", "cocktail", "long")
 LOADS = (0.5, 0.9, 1.2, 1.5)  # of what the 16-bit system can serve; above 1 its queue grows as long as requests come
 OVERLAPPED = ("balanced", "small")  # homkv sends layers while the next ones compute; HACK's code and rivals do not
 VARIANTS = (
-    ("fp16", False), ("fp16", True), ("fp8", False), ("cachegen", False), ("kvquant", False), ("kivi", False),
+    ("fp16", False), ("fp16", True), ("fp8", False), ("cachegen", False), ("cachegen-once", False), ("kvquant", False),
+    ("kivi", False),
     ("hack", False), ("hack-2026", False), ("balanced", True), ("small", True),
 )  # fmt: skip
 ABLATIONS = (

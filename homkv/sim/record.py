@@ -131,7 +131,7 @@ def read_record(path: Path) -> dict[str, Run]:
             continue
         try:
             line = _DECODER.decode(text)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise TraceError(
                 f"{path}, line {number}: expected a run, step or request, found {text[:60]!r}: {error}"
             ) from error

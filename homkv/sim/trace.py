@@ -74,9 +74,12 @@ def write_trace(requests: Iterable[Request], path: Path) -> None:
 
 
 def check_order(requests: Sequence[Request], source: str = "trace") -> None:
-    """Raise TraceError unless arrivals ascend and every field of every request is in range."""
-    before = 0.0
+    """Raise TraceError unless arrivals ascend, ids are unique and every field is in range."""
+    before, ids = 0.0, set()
     for line, request in enumerate(requests, 1):
+        if request.request_id in ids:
+            raise TraceError(f"{source}, request {line}: expected every request_id once, found {request.request_id!r}")
+        ids.add(request.request_id)
         if not 0 <= request.arrival_s <= MAX_ARRIVAL_S:
             raise TraceError(f"{source}, request {line}: expected 0 <= arrival_s <= 1e9, found {request.arrival_s!r}")
         if request.arrival_s < before:
@@ -140,24 +143,25 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
             continue
         try:
             row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise TraceError(
-                f"{path}, line {line}: expected one JSON object, found {content[:60]!r}: {error}"
-            ) from error
+        except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
+            raise TraceError(f"{path}, line {line}: expected a JSON object, found {content[:60]!r}: {error}") from error
         if not isinstance(row, dict):
-            raise TraceError(f"{path}, line {line}: expected one JSON object, found {content[:60]!r}")
+            raise TraceError(f"{path}, line {line}: expected a JSON object, found {content[:60]!r}")
         yield line, row
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
     reader = csv.DictReader(text.splitlines())
-    for row in reader:
-        if None in row or None in row.values():
-            raise TraceError(
-                f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns as in the header, "
-                f"found {'more' if None in row else 'fewer'}"
-            )
-        yield reader.line_num, row
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise TraceError(
+                    f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns as in the "
+                    f"header, found {'more' if None in row else 'fewer'}"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise TraceError(f"{path}, line {reader.line_num + 1}: expected comma-separated values: {error}") from error
 
 
 def _requests(path: Path, rows: Iterator[tuple[int, Row]], timeless: bool) -> Iterator[Request]:

@@ -1,5 +1,6 @@
 """Simulated against real: the requests of a record, run through the simulator with step times of the same machine."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from homkv.errors import TraceError
+from homkv.sim.costs import Costs
 from homkv.sim.engine import System, simulate
-from homkv.sim.fitted import fit
+from homkv.sim.fitted import fit, handoff_s
+from homkv.sim.formats import make_format
+from homkv.sim.hardware import find_gpu, find_model
 from homkv.sim.record import PHASES, Run, read_record
+from homkv.sim.roofline import RooflineCosts
 from homkv.sim.trace import Request
 
 MAX_MEAN_ERROR, MAX_P99_ERROR = 0.10, 0.20  # what a validated model may miss
@@ -53,18 +58,33 @@ class Validation:
         return {"kind": "sim-validation", **asdict(self), **errors}
 
 
-def validate(path: Path) -> list[Validation]:
-    """Every run of a record. Raises TraceError for a record that cannot be used."""
-    return [validate_run(run) for run in read_record(path).values()]
+CostsOf = Callable[[Run], Costs]
 
 
-def validate_run(run: Run) -> Validation:
+def validate(path: Path, costs_of: CostsOf = fit) -> list[Validation]:
+    """Every run of a record. ``costs_of``: step times, by default fitted to each run's own step lines.
+
+    Raises TraceError for a record that cannot be used.
+    """
+    return [validate_run(run, costs_of) for run in read_record(path).values()]
+
+
+def tables(gpu: str, model: str) -> CostsOf:
+    """Step times and bytes from homkv.sim's tables instead: a prediction that knows nothing of the run.
+
+    Raises UnsupportedError for an unknown GPU or model, FormatError for a format without a model.
+    """
+    machine, shape = find_gpu(gpu), find_model(model)
+    return lambda run: RooflineCosts(shape, make_format(run.info.kv_cache_dtype, shape.head_dim), machine, machine)
+
+
+def validate_run(run: Run, costs_of: CostsOf = fit) -> Validation:
     """Simulate one run's requests at their recorded arrivals."""
     if len(run.requests) < MIN_REQUESTS:
         raise TraceError(f"run {run.info.run_id!r}: expected at least two requests, found {len(run.requests)}")
     real = sorted(run.requests, key=lambda r: r.arrival_s)
     requests = [Request(r.request_id, r.arrival_s, r.prompt_tokens, r.output_tokens) for r in real]
-    tally = simulate(system_of(run), requests).tally
+    tally = simulate(system_of(run, costs_of(run)), requests).tally
     simulated = dict(zip(tally.ids, tally.column("jct_s").tolist(), strict=True))
     pairs = [(r.jct_s, simulated[r.request_id]) for r in real]
     measured_jct, simulated_jct = (np.array(values) for values in zip(*pairs, strict=True))
@@ -83,16 +103,16 @@ def validate_run(run: Run) -> Validation:
     )
 
 
-def system_of(run: Run) -> System:
-    """The system that a record describes, with costs fitted to its step lines."""
-    info, costs = run.info, fit(run)
+def system_of(run: Run, costs: Costs) -> System:
+    """The system that a record describes. What a request takes with all else idle (handoff) adds to the latency."""
+    info = run.info
     return System(
         costs=costs,
         num_prefill=info.num_prefill,
         num_decode=info.num_decode,
         egress_gbps=info.link_gbps,
         ingress_gbps=info.link_gbps,
-        latency_s=info.link_latency_s + costs.handoff_s,
+        latency_s=info.link_latency_s + handoff_s(run),
         overlap=info.overlap,
         background_pack=info.background_pack,
         reserves_early=info.reserves_early,

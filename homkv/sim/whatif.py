@@ -14,7 +14,7 @@ from homkv.sim.summary import Summary, summarize
 from homkv.sim.trace import Request, poisson_arrivals
 
 FORMATS = ("fp16", "fp8", "balanced", "small")
-UTILISATION = 0.8  # of the bottleneck's capacity, for which instances are counted
+UTILISATION = 0.8  # of the bottleneck's capacity, for which instances are counted: less for bursts
 MAX_INSTANCES = 2048
 TIE = 0.03
 SECONDS_PER_HOUR = 3600
@@ -78,15 +78,23 @@ def rate_of(requests: Sequence[Request]) -> float:
     return (len(requests) - 1) / span
 
 
-def size(scenario: Scenario, requests_per_s: float, prompt_tokens: int, output_tokens: int) -> Scenario:
-    """Fewest instances of either kind that serve the rate at UTILISATION. Raises CapacityError if 2048 do not."""
+def size(
+    scenario: Scenario, requests_per_s: float, prompt_tokens: int, output_tokens: int, utilisation: float = UTILISATION
+) -> Scenario:
+    """Fewest instances of either kind that serve the rate at this utilisation of every stage.
+
+    Raises CapacityError if 2048 do not, or if one request does not fit; UnsupportedError for a utilisation outside
+    (0, 1].
+    """
+    if not 0 < utilisation <= 1:
+        raise UnsupportedError(f"expected a utilisation above 0 and up to 1, found {utilisation}")
     one = capacity(scenario.system(), prompt_tokens, output_tokens)
     if max_batch(scenario.system(), prompt_tokens, output_tokens) == 0:
         raise CapacityError(
             f"expected decode memory for one request of {prompt_tokens} + {output_tokens} tokens, found less on "
             f"{scenario.decode_gpu} with {scenario.format}; use more GPUs per instance"
         )
-    wanted = requests_per_s / UTILISATION
+    wanted = requests_per_s / utilisation
     scaled = replace(scenario, num_prefill=_count(wanted / one.prefill), num_decode=_count(wanted / one.decode))
     while (found := capacity(scaled.system(), prompt_tokens, output_tokens)).link < wanted:
         system = scaled.system()
@@ -142,6 +150,7 @@ def options(
     requests: Sequence[Request],
     prices: Prices,
     formats: Sequence[str] = FORMATS,
+    utilisation: float = UTILISATION,
     on_run: OnRun = lambda title: None,
 ) -> Options:
     """Every format in a deployment of its own size. Raises CapacityError if none can serve the load."""
@@ -149,7 +158,7 @@ def options(
     for name in formats:
         on_run(name)
         try:
-            sized = size(scenario.with_format(name), rate_of(requests), *lengths(requests))
+            sized = size(scenario.with_format(name), rate_of(requests), *lengths(requests), utilisation)
             out.found.append(evaluate(sized, requests, prices))
         except CapacityError as error:
             out.impossible[name] = str(error)

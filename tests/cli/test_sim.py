@@ -67,7 +67,7 @@ def test_paper_prints_claims(tmp_path: Path) -> None:
         "--json", str(table), "--plots", str(tmp_path),
     )  # fmt: skip
     assert "71%" in out
-    assert len(table.read_text().splitlines()) == 10 + 9
+    assert len(table.read_text().splitlines()) == 11 + 9
     assert (tmp_path / "sim-v100-cocktail.png").exists()
 
 
@@ -82,6 +82,8 @@ def test_validate_checks(tmp_path: Path) -> None:
     assert "error" in invoke("validate", str(record), "--plots", str(tmp_path))
     invoke("validate", str(record), "--check", code=1)
     assert (tmp_path / "sim-validation.png").exists()
+    # Simulated with the tables, validated against the tables: the same.
+    invoke("validate", str(record), "--gpu", "h100", "--model", "llama-8b", "--check")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_validate_checks(tmp_path: Path) -> None:
         ["paper", "--load", "0"],
         ["paper", "--prefill-gpu", "abacus"],
         ["validate", "/nowhere"],
+        ["validate", "/nowhere", "--gpu", "h100"],
     ],
 )
 def test_refusals_are_typed(args: list[str]) -> None:

@@ -57,7 +57,10 @@ def test_refuses(tmp_path: Path, lines: list[Line], reason: str) -> None:
         read_record(tmp_path / "r.jsonl")
 
 
-@pytest.mark.parametrize("text", ["{}", '{"kind": "weather"}', "not json", '{"kind": "run", "run_id": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ['{"kind": "run", "x": ' + "[" * 100_000, "{}", '{"kind": "weather"}', "not json", '{"kind": "run", "run_id": 1}'],
+)
 def test_refuses_other_lines(tmp_path: Path, text: str) -> None:
     (tmp_path / "r.jsonl").write_text(text)
     with pytest.raises(TraceError, match="line 1"):

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from homkv.errors import TraceError
-from homkv.sim.trace import Request, poisson_arrivals, read_trace, scaled, write_trace
+from homkv.sim.trace import Request, check_order, poisson_arrivals, read_trace, scaled, write_trace
 
 GOOD = '{"request_id": "a", "arrival_s": 0.5, "prompt_tokens": 10, "output_tokens": 2}'
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"
@@ -64,8 +66,8 @@ def test_lengths_only_need_a_rate(tmp_path: Path) -> None:
         ("", "", "empty file"),
         ("  \n", "", "empty file"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "", "none below the header"),
-        (GOOD + "\n{", "line 2", "one JSON object"),
-        (GOOD + "\n[1]", "line 2", "one JSON object"),
+        (GOOD + "\n{", "line 2", "a JSON object"),
+        (GOOD + "\n[1]", "line 2", "a JSON object"),
         (GOOD.replace("0.5", "NaN"), "line 1", "finite"),
         (GOOD.replace("0.5", "-1"), "line 1", "at least 0"),
         (GOOD.replace("0.5", "Infinity"), "line 1", "finite"),
@@ -77,7 +79,7 @@ def test_lengths_only_need_a_rate(tmp_path: Path) -> None:
         (GOOD.replace("10,", "null,"), "line 1", "a number as prompt_tokens"),
         (GOOD.replace('"prompt_tokens": 10, ', ""), "line 1", "a column prompt_tokens, found none"),
         (GOOD.replace("{", '{"colour": 1, '), "line 1", "colour"),
-        (GOOD + "\n" + GOOD.replace("0.5", "0.25"), "request 2", "ascending"),
+        (GOOD + "\n" + GOOD.replace("0.5", "0.25").replace('"a"', '"b"'), "request 2", "ascending"),
         (MOONCAKE.replace("[0, 1]", "[0.5]"), "line 1", "block ids"),
         (AZURE + "2023-11-16 18:17:02.0,1,1\n", "line 3", "ascending"),
         (AZURE + "2023-11-16 18:17:05.0,1\n", "line 3", "fewer"),
@@ -86,6 +88,10 @@ def test_lengths_only_need_a_rate(tmp_path: Path) -> None:
         (AZURE + "2023-11-16 18:17:05.0,-4,1\n", "line 3", "at least 0"),
         (AZURE + "2023-11-16T18:17:05+00:00,4,1\n", "line 3", "time zone"),
         ("a,b\n1,2\n", "line 2", "expected the columns"),
+        (GOOD + "\n" + GOOD, "request 2", "every request_id once"),
+        ('{"a": ' + "[" * 100_000, "line 1", "a JSON object"),
+        (GOOD.replace("10,", "1" * 5000 + ","), "line 1", "a JSON object"),
+        ("a,b\n" + "x" * 200_000 + ",1\n", "line 2", "comma-separated"),
         (b"\xff\xfe\x00", "", "readable trace"),
         (gzip.compress(GOOD.encode())[:-6], "", "readable trace"),
         (b"\x1f\x8bnonsense", "", "readable trace"),
@@ -96,6 +102,20 @@ def test_refuses_with_line_and_reason(tmp_path: Path, text: str | bytes, where: 
         read_trace(written(tmp_path, text))
     assert where in str(caught.value)
     assert reason in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.one_of(st.text(), st.binary(), st.text().map(lambda t: AZURE + t), st.text().map(lambda t: GOOD + t)))
+def test_any_bytes_are_requests_or_a_typed_error(tmp_path_factory: pytest.TempPathFactory, data: str | bytes) -> None:
+    path = written(tmp_path_factory.getbasetemp(), data if isinstance(data, bytes) else data.encode("utf-8", "ignore"))
+    try:
+        requests = read_trace(path)
+    except TraceError as caught:
+        message = str(caught)
+    else:
+        check_order(requests)
+        message = f"{path}: {len(requests)} requests"
+    assert message.startswith((str(path), "expected"))
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:

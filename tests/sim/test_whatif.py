@@ -66,6 +66,8 @@ def test_refusals() -> None:
     for bad in ((-1, 1), (0, 0), (1, float("nan")), (float("inf"), 1)):
         with pytest.raises(UnsupportedError, match="prices"):
             Prices(*bad)
+    with pytest.raises(UnsupportedError, match="utilisation"):
+        size(BASE, 1.0, 14_000, 384, 0.0)
     with pytest.raises(UnsupportedError, match="fp16 among the formats"):
         advise(options(BASE, WORK, Prices(), ("small",)))
     with pytest.raises(CapacityError, match="2048 instances"):
