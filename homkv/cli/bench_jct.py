@@ -1,22 +1,30 @@
 """``homkv bench jct``: job completion time of replayed requests."""
 
+import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from homkv.cli.bench_pd import overlaps_of
+from homkv.cli.bench_pd import given, overlaps_of
 from homkv.errors import ShapeError, UnsupportedError
+
+if TYPE_CHECKING:
+    from homkv.bench.jct.run import JctOptions
+
+
+Names = list[str] | None
 
 
 def jct(
+    context: typer.Context,
     real: Annotated[bool, typer.Option("--real", help="Replay on this machine; `homkv sim` simulates.")] = False,
     model: Annotated[str, typer.Option(help="smollm2, qwen2.5-coder-0.5b, a folder or a hub name.")] = "smollm2",
-    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Format; repeat the option.")] = None,
-    ablations: Annotated[bool, typer.Option(help="HACK without its eliminations and with other Pi as well.")] = False,
-    link_gbps: Annotated[list[float] | None, typer.Option(help="Rate of the link; repeat the option.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Requests from a trace file, instead of --prompt-tokens.")] = None,
+    formats: Annotated[Names, typer.Option("--kv-cache-dtype", help="Format; repeat the option.")] = None,
+    ablations: Annotated[bool, typer.Option(help="HACK without its eliminations, with other Pi, as well.")] = False,
+    links: Annotated[list[float] | None, typer.Option("--link-gbps", help="Rate of the link; repeat.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Requests of a trace file, instead of --prompt-tokens.")] = None,
     token_scale: Annotated[float, typer.Option(help="Lengths of the trace times this.")] = 1.0,
     requests: Annotated[int, typer.Option(help="Requests per run; the first ones of a trace.")] = 10,
     rate: Annotated[float, typer.Option(help="Arrivals per second, a Poisson process.")] = 0.25,
@@ -26,49 +34,56 @@ def jct(
     repetitions: Annotated[int, typer.Option(help="Turns of every format.")] = 2,
     num_threads: Annotated[int, typer.Option(help="Compute threads of each instance.")] = 1,
     steps: Annotated[bool, typer.Option(help="Time single steps too, for `homkv sim validate`.")] = True,
-    budget_s: Annotated[float, typer.Option(help="Seconds for everything; runs beyond it are left out.")] = 3600.0,
+    budget_s: Annotated[float, typer.Option(help="Seconds for everything; runs beyond are left out.")] = 3600.0,
     seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
-    json_file: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/jct.jsonl"),
+    record: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/jct.jsonl"),
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
 ) -> None:
     """Send the same requests at the same times through two processes and a shaped link, once for every format."""
     if not real:
         raise UnsupportedError("expected --real, found none; `homkv sim` predicts job completion times")
+    show(make_options(given(context)), plots, Console())
+
+
+def make_options(values: dict[str, Any]) -> "JctOptions":
+    """From the command line's values. Raises ShapeError, FormatError, TraceError."""
     from homkv.bench.jct.run import ABLATIONS, FORMATS, JctOptions, trace_requests, uniform_requests
 
-    chosen = (
-        uniform_requests(requests, parse_range(prompt_tokens), parse_range(max_new_tokens), rate, seed)
+    for name in ("real", "plots"):
+        values.pop(name, None)
+    trace, tokens = values.pop("trace", None), values.pop("token_scale")
+    count, rate, seed = values.pop("requests"), values.pop("rate"), values["seed"]
+    prompt, output = (parse_range(values.pop(name)) for name in ("prompt_tokens", "max_new_tokens"))
+    requests = (
+        uniform_requests(count, prompt, output, rate, seed)
         if trace is None
-        else trace_requests(trace, requests, rate, token_scale, seed)
+        else trace_requests(trace, count, rate, tokens, seed)
     )
-    formats = tuple(kv_cache_dtype or FORMATS) + (ABLATIONS if ablations else ())
-    options = JctOptions(
-        tuple(chosen),
-        json_file,
-        model=model,
-        formats=tuple(dict.fromkeys(formats)),
-        links=tuple(link_gbps or (0.1, 1.0, 10.0)),
-        overlaps=overlaps_of(overlap),
-        repetitions=repetitions,
-        num_threads=num_threads,
-        steps=steps,
-        budget_s=budget_s,
-        seed=seed,
-    )
-    from homkv.bench.jct.plots import plot
+    formats = values.pop("formats", FORMATS) + (ABLATIONS if values.pop("ablations") else ())
+    overlaps = overlaps_of(values.pop("overlap"))
+    return JctOptions(tuple(requests), formats=tuple(dict.fromkeys(formats)), overlaps=overlaps, **values)
+
+
+def show(options: "JctOptions", plots: Path | None, console: Console) -> None:
+    """Replay and print; what was measured is printed however the run ends."""
     from homkv.bench.jct.report import print_report
     from homkv.bench.jct.run import JctBench
     from homkv.bench.jct.summary import summarize
 
-    console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
     bench = JctBench(options, console)
-    summaries = summarize(bench.run())
-    print_report(summaries, console)
-    for line in bench.skipped:
-        console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)
-    console.print(f"record: {options.record}")
+    try:
+        bench.run()
+    finally:
+        summaries = summarize(bench.recorded())
+        print_report(summaries, console)
+        for line in bench.skipped:
+            console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)
+        console.print(f"record: {options.record}")
     if plots is not None:
-        for path in plot(summaries, plots, "jct", f"{model}, two processes on one machine: job completion time"):
+        from homkv.bench.jct.plots import plot
+
+        for path in plot(summaries, plots, "jct", f"{options.model}, two processes: job completion time"):
             console.print(str(path))
 
 

@@ -1,8 +1,9 @@
 """``homkv bench pd``: prefill and decode on devices of their own."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,72 +15,58 @@ if TYPE_CHECKING:
     from homkv.bench.pd.run import PdBench
 
 
+Names = list[str] | None
+
+
 def pd(
+    context: typer.Context,
     devices: Annotated[
-        str | None, typer.Option(help="Devices; the first half computes prompts, the second decodes.")
+        str | None, typer.Option(help="Devices; the first half computes prompts, the rest decode.")
     ] = None,
-    prefill: Annotated[list[str] | None, typer.Option(help="Device of a prefill worker; repeat the option.")] = None,
-    decode: Annotated[list[str] | None, typer.Option(help="Device of a decode worker; repeat the option.")] = None,
-    model: Annotated[str, typer.Option(help="Shape of the model (llama-3.1-8b, tiny); weights are random.")] = (
-        "llama-3.1-8b"
-    ),
-    workload: Annotated[
-        list[str] | None, typer.Option(help="Prompts: short 4-6K, long 12-16K, 64k, tiny; repeat the option.")
-    ] = None,
-    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Format, bf16 or fp8; repeat the option.")] = None,
-    link: Annotated[
-        list[str] | None, typer.Option(help="Gb/s of a shaped TCP link, tcp, or direct (NCCL, gloo); repeat.")
-    ] = None,
-    load: Annotated[
-        list[float] | None, typer.Option(help="Arrivals, as a share of the bf16 baseline's capacity; repeat.")
-    ] = None,
-    rate: Annotated[float | None, typer.Option(help="Arrivals per second, instead of --load.")] = None,
+    prefill_devices: Annotated[Names, typer.Option("--prefill", help="Device that computes prompts; repeat.")] = None,
+    decode_devices: Annotated[Names, typer.Option("--decode", help="Device that decodes; repeat.")] = None,
+    model: Annotated[str, typer.Option(help="Shape (llama-3.1-8b, tiny); weights are random.")] = "llama-3.1-8b",
+    workloads: Annotated[Names, typer.Option("--workload", help="short 4-6K, long 12-16K, 64k, tiny; repeat.")] = None,
+    formats: Annotated[Names, typer.Option("--kv-cache-dtype", help="Format, bf16 or fp8; repeat.")] = None,
+    links: Annotated[Names, typer.Option("--link", help="Gb/s of a shaped TCP link, tcp, or direct; repeat.")] = None,
+    loads: Annotated[list[float] | None, typer.Option("--load", help="Share of bf16's capacity; repeat.")] = None,
+    rate_rps: Annotated[float | None, typer.Option("--rate", help="Arrivals per second, instead of --load.")] = None,
     overlap: Annotated[str, typer.Option(help="Layers leave while the next compute: on, off or both.")] = "on",
-    attention: Annotated[str, typer.Option(help="How prompts attend: exact or int8.")] = "exact",
+    prefill: Annotated[str, typer.Option("--attention", help="How prompts attend: exact or int8.")] = "exact",
     requests: Annotated[int, typer.Option(help="Requests per cell.")] = 16,
     slots: Annotated[int, typer.Option(help="Sequences that decode together.")] = 8,
-    kv_budget_gib: Annotated[float, typer.Option(help="KV that a decode worker may hold; 0: what the slots need.")] = 0,
+    kv_budget_gib: Annotated[float, typer.Option(help="KV that a decode worker may hold; 0: what slots need.")] = 0,
     lanes: Annotated[int, typer.Option(help="TCP connections per pair of workers.")] = 4,
     chunk_mib: Annotated[float, typer.Option(help="Bytes that are hashed and paced at a time.")] = 4.0,
-    budget_s: Annotated[float, typer.Option(help="Seconds for everything; cells beyond it are left out.")] = 3600.0,
+    budget_s: Annotated[float, typer.Option(help="Seconds for everything; cells beyond are left out.")] = 3600.0,
     cell_timeout_s: Annotated[float, typer.Option(help="Seconds for one cell.")] = 300.0,
     calibration_requests: Annotated[int, typer.Option(help="That arrive at once, to see bf16's capacity.")] = 5,
     seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
-    json_file: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/pd.jsonl"),
+    record: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/pd.jsonl"),
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
 ) -> None:
     """Time requests from arrival to last token: prompts on some devices, decoding on others, KV moving between them.
 
     Every format gets the same requests at the same times over the same link. One GPU serves as well: name it twice.
     """
+    show(make_options(given(context)), Console())
+
+
+def given(context: typer.Context) -> dict[str, Any]:
+    """Options of a command line by the names of their fields, without those left to their default None."""
+    values = {name: value for name, value in context.params.items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def make_options(values: dict[str, Any]) -> "PdOptions":
+    """From the command line's values. Raises ShapeError, UnsupportedError, FormatError."""
     from homkv.bench.pd.options import PdOptions, known_prefill
 
-    prefill_devices, decode_devices = split_devices(devices, prefill, decode)
-    usual = PdOptions(prefill_devices, decode_devices, json_file)
-    options = PdOptions(
-        prefill_devices,
-        decode_devices,
-        json_file,
-        model=model,
-        workloads=tuple(workload or usual.workloads),
-        formats=tuple(kv_cache_dtype or usual.formats),
-        links=tuple(link or usual.links),
-        loads=tuple(load or usual.loads),
-        overlaps=overlaps_of(overlap),
-        prefill=known_prefill(attention),
-        requests=requests,
-        slots=slots,
-        kv_budget_gib=kv_budget_gib,
-        rate_rps=rate,
-        lanes=lanes,
-        chunk_mib=chunk_mib,
-        budget_s=budget_s,
-        cell_timeout_s=cell_timeout_s,
-        calibration_requests=calibration_requests,
-        seed=seed,
-        plots=plots,
-    )
-    show(options, Console())
+    names = ("devices", "prefill_devices", "decode_devices")
+    devices = split_devices(*(values.pop(name, None) for name in names))
+    values["overlaps"] = overlaps_of(values.pop("overlap"))
+    values["prefill"] = known_prefill(values["prefill"])
+    return PdOptions(*devices, **values)
 
 
 def show(options: "PdOptions", console: Console) -> None:
@@ -117,7 +104,7 @@ def print_bench(bench: "PdBench", console: Console) -> None:
 
 
 def split_devices(
-    devices: str | None, prefill: list[str] | None, decode: list[str] | None
+    devices: str | None, prefill: Sequence[str] | None, decode: Sequence[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Devices by role. Raises ShapeError unless they are given in exactly one way."""
     if devices is not None and not prefill and not decode:

@@ -88,17 +88,15 @@ def _instances(
         settings.max_tokens,
         log_json=settings.log_json,
         show_logs=True,
-        prefill={
-            name: getattr(settings, name) for name in ("source", "chunk_tokens", "prefix_bytes", "overlap", "drain_s")
-        },
+        prefill={name: getattr(settings, name) for name in PREFILL_SETTINGS},
         decode={name: getattr(settings, name) for name in DECODE_SETTINGS},
     )
-    cluster = LocalCluster(options, lambda name, text: console.print(f"{name}: {text}", highlight=False))
-    stack.enter_context(cluster)
+    cluster = stack.enter_context(LocalCluster(options, lambda *line: console.print(": ".join(line), highlight=False)))
     stack.enter_context(Supervisor(cluster))
     return cluster.addresses("prefill"), cluster.addresses("decode"), cluster.security
 
 
+PREFILL_SETTINGS = ("source", "chunk_tokens", "prefix_bytes", "overlap", "drain_s")
 DECODE_SETTINGS = ("max_sequences", "lease_s", "max_lease_s", "share_prefixes", "drain_s")
 
 

@@ -116,7 +116,12 @@ class JctBench:
             for link in options.links:
                 for overlap in options.overlaps:
                     self._on_link(link, overlap, prompts, advance)
-        return list(read_record(options.record).values()) if options.record.exists() else []
+        return self.recorded()
+
+    def recorded(self) -> list[Run]:
+        """What the record holds."""
+        record = self.options.record
+        return list(read_record(record).values()) if record.exists() else []
 
     @contextmanager
     def _progress(self, total: int) -> Iterator[Progress]:
