@@ -42,12 +42,12 @@ LOG2_255 = tl.constexpr(7.994353436858858)
 @triton.jit
 def load_centre_query(centre, DP: tl.constexpr, N: tl.constexpr):
     """Right operands of the centre's product: ``(even, odd)``, tuples of ``[16, N]`` float16."""
-    at = tl.arange(0, 16)[:, None] * N + tl.arange(0, N)[None, :]
+    at = tl.arange(0, 16)[:, None] + tl.arange(0, N)[None, :] * (DP // 2)
     even = ()
     odd = ()
     for i in tl.static_range(DP // 32):
-        even = even + (tl.load(centre + i * 16 * N + at),)
-        odd = odd + (tl.load(centre + (DP // 2 + i * 16) * N + at),)
+        even = even + (tl.load(centre + i * 16 + at),)
+        odd = odd + (tl.load(centre + N * DP // 2 + i * 16 + at),)
     return even, odd
 
 
@@ -145,7 +145,7 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
 
     query = b * HEADS + head
-    k = tl.arange(0, 32)[:, None] * N + n[None, :]
+    k = tl.arange(0, 32)[:, None] + n[None, :] * 32
     units = Units + query * ((len(K) + 1) * N) + n
     q8 = ()
     ratio = ()
@@ -211,6 +211,9 @@ class DecodeConfig:
 
     programs: int = 12  # per multiprocessor: the grid is one wave of these
     max_registers: int | None = 168
+    warp: bool = True
+    ahead: bool = False
+    l2: bool = True
 
 
 @dataclass(frozen=True)
@@ -244,9 +247,9 @@ class Plan:
         k, columns, lead = self.shape["K"], self.shape["N"], (self.batch, self.heads)
         terms = 1 + self.shape["SPLIT"]
         return (
-            torch.empty(*lead, count_steps(k, len(k)), 32, columns, dtype=torch.int8, device=device),
+            torch.empty(*lead, count_steps(k, len(k)), columns, 32, dtype=torch.int8, device=device),
             torch.empty(*lead, len(k) + 1, columns, dtype=torch.float32, device=device),
-            torch.empty(*lead, terms, self.shape["DP"], columns, dtype=torch.float16, device=device),
+            torch.empty(*lead, terms, 2, columns, self.shape["DP"] // 2, dtype=torch.float16, device=device),
         )
 
     def partials(self, device: torch.device, *lead: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,16 +278,24 @@ def attend_rows(
     o = torch.empty(q.shape, dtype=torch.float32, device=device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
     exact_tokens, pdl = view.exact_k.shape[2], shape["PDL"]
-    prepare_kernel[(plan.batch, plan.heads, len(shape["K"]) + 1 + plan.tiles)](
-        q, order_on_device(codec.order, device), *query, view.exact_k, view.exact_v, view.exact_len, view.slots, *exact,
-        exact_tokens, view.exact_k.shape[0], *q.stride()[:3], softmax_scale * LOG2E.value, **shape, **tile_shape,
+    warp = config.warp and shape["N"] == 8
+    order, strides, scale_log2 = order_on_device(codec.order, device), q.stride()[:3], softmax_scale * LOG2E.value
+    prepare_kernel[(plan.batch, plan.heads, (0 if warp else len(shape["K"]) + 1) + plan.tiles)](
+        q, order, *query, view.exact_k, view.exact_v, view.exact_len, view.slots, *exact,
+        exact_tokens, view.exact_k.shape[0], *strides, scale_log2, **shape, **tile_shape, QUERIES=not warp,
         Q_LEN=q.shape[2], num_warps=PREPARE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
-    decode_kernel[(plan.max_items, plan.heads)](
-        *query, view.pool.view(torch.int8), view.page_table, view.num_pages, *partial, items, plan.batch,
+    kernel, operands, extra = decode_kernel, query, {}
+    if warp:
+        from homkv.attention.triton.decode_warp import warp_kernel
+
+        kernel, operands = warp_kernel, (q, order, *strides, scale_log2)
+        extra = {"AHEAD": config.ahead, "L2": config.l2, "Q_LEN": q.shape[2]}
+    kernel[(plan.max_items, plan.heads)](
+        *operands, view.pool.view(torch.int8), view.page_table, view.num_pages, *partial, items, plan.batch,
         plan.max_items, view.page_table.shape[1], view.pool.shape[0], **shape, V=classes(layout.v_classes),
         CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, num_warps=1, num_stages=1,
-        BATCH_BLOCK=max(triton.next_power_of_2(plan.batch), 32), maxnreg=config.max_registers, launch_pdl=pdl,
+        BATCH_BLOCK=max(triton.next_power_of_2(plan.batch), 32), maxnreg=config.max_registers, launch_pdl=pdl, **extra,
     )  # fmt: skip
     channels = runs(layout)
     combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](

@@ -14,7 +14,7 @@ def count_steps(classes, count):
 
 @triton.jit
 def store_codes(q_row, Order, live, codes, CLASSES: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    """Quantize one class and store it as right operands ``[steps, 32, N]`` int8; returns ``max |q| / 127 [N]``."""
+    """Quantize one class and store it as right operands ``[steps, N, 32]`` int8; returns ``max |q| / 127 [N]``."""
     WIDTH: tl.constexpr = CLASSES[C][1]
     PADDED: tl.constexpr = max(32, triton.next_power_of_2(WIDTH))
     c = tl.arange(0, PADDED)
@@ -24,13 +24,13 @@ def store_codes(q_row, Order, live, codes, CLASSES: tl.constexpr, C: tl.constexp
     largest = tl.max(tl.abs(q), 1)
     code = to_int8(q * tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)[:, None])
     n = tl.arange(0, N)
-    tl.store(codes + c[None, :] * N + n[:, None], code, mask=(c < (WIDTH + 31) // 32 * 32)[None, :])
+    tl.store(codes + (c // 32 * (32 * N) + c % 32)[None, :] + n[:, None] * 32, code, mask=(c < (WIDTH + 31) // 32 * 32)[None, :])
     return tl.div_rn(largest, 127.0)
 
 
 @triton.jit
 def store_centre(q_row, Order, live, centre, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr):
-    """Store the centre's right operands ``[terms, 2, DP / 2, N]`` float16; returns the power of two that is their unit.
+    """Store the centre's right operands ``[terms, 2, N, DP / 2]`` float16; returns the power of two that is their unit.
 
     float16 holds a 16-bit query exactly in units near the row's largest magnitude; a float32 one takes two terms.
     Row k of operand ``parity`` is slot ``q * DP / 4 + 8 s + 4 half + 2 parity + e``, ``k = 16 s + 8 half + 2 q + e``.
@@ -43,7 +43,7 @@ def store_centre(q_row, Order, live, centre, D: tl.constexpr, DP: tl.constexpr, 
     largest = tl.max(tl.abs(q), 0)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 30 << 23)
     q = q * ((254 << 23) - exponent).to(tl.float32, bitcast=True)[None, :]
-    at = i[:, None] * N + tl.arange(0, N)[None, :]
+    at = (i // (DP // 2) * (N * DP // 2) + i % (DP // 2))[:, None] + tl.arange(0, N)[None, :] * (DP // 2)
     high = q.to(tl.float16)
     tl.store(centre + at, high)
     if SPLIT:
@@ -112,13 +112,13 @@ def prepare_kernel(
     stride_b, stride_h, stride_t, scale_log2,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr,
     COLUMNS: tl.constexpr, SPLIT: tl.constexpr, Q_LEN: tl.constexpr, EXACT_TILE: tl.constexpr,
-    EXACT_TILES: tl.constexpr, PDL: tl.constexpr,
+    EXACT_TILES: tl.constexpr, QUERIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch, HEADS, len(K) + 1 + EXACT_TILES): one class of the queries each, the centre, tiles of exact tokens.
+    """Grid (batch, HEADS, (len(K) + 1) * QUERIES + EXACT_TILES): one class of the queries each, the centre, tiles of exact tokens.
 
-    ``Codes [batch, HEADS, steps, 32, N] int8``; ``Units [batch, HEADS, len(K) + 1, N] float32``, what one unit of a
+    ``Codes [batch, HEADS, steps, N, 32] int8``; ``Units [batch, HEADS, len(K) + 1, N] float32``, what one unit of a
     class's codes is worth in the score, base 2, and last one of the centre's operand;
-    ``Centre [batch, HEADS, 1 or 2, 2, DP / 2, N] float16``; ``ExactO [batch, HEADS, EXACT_TILES, ROWS, D]`` with the
+    ``Centre [batch, HEADS, 1 or 2, 2, N, DP / 2] float16``; ``ExactO [batch, HEADS, EXACT_TILES, ROWS, D]`` with the
     maxima and denominators of the tiles.
     """
     if PDL:
@@ -126,7 +126,7 @@ def prepare_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(0)
     head = tl.program_id(1)
-    part = tl.program_id(2)
+    part = tl.program_id(2) + (0 if QUERIES else len(K) + 1)
     q_row, live = query_rows(Q, b, head, stride_b, stride_h, stride_t, ROWS, Q_LEN, COLUMNS, N)
     at = b * HEADS + head
     n = tl.arange(0, N)
