@@ -30,7 +30,7 @@ from homkv.attention.view import LayerView
 from homkv.formats.rows import RowsCodec
 from homkv.spec import ChannelClass, PageLayout
 
-MIN_PAGES = tl.constexpr(4)  # of a split, and the step of its size: fewer would cost more to merge than to read
+MIN_PAGES = 4  # of a split, and the step of its size: fewer would cost more to merge than to read
 EXACT_TILE = 32  # exact tokens that one program attends to
 PREPARE_WARPS = 2
 COMBINE_SPLITS = 64  # partial outputs that are merged at a time
@@ -115,11 +115,11 @@ SIZES = ["batch", "max_items", "max_pages", "num_blocks"]
 
 @triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
-    Codes, Units, Centre, Pool, PageTable, NumPages, PartO, PartM, PartL, Items, batch, max_items, max_pages,
+    Codes, Units, Centre, Pool, PageTable, NumPages, PartO, PartM, PartL, batch, max_items, max_pages,
     num_blocks,
     K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence and kv head: a partial output over its pages.
 
@@ -129,12 +129,9 @@ def decode_kernel(
     """
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, pages = find_split(item, NumPages, batch, max_items, MIN_PAGES, BATCH_BLOCK)
+    b, split, count, pages = find_split(item, NumPages, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
-    if split == 0:
-        tl.store(Items + b * 2, item)
-        tl.store(Items + b * 2 + 1, count)
     n = tl.arange(0, N)
     own = n < ROWS
 
@@ -214,6 +211,9 @@ class DecodeConfig:
     warp: bool = True
     ahead: bool = False
     l2: bool = True
+    step: int = 4
+    merged: int = 64
+    merge_warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,6 @@ def attend_rows(
     query = plan.query_buffers(device)
     partial = plan.partials(device, plan.max_items, plan.heads)
     exact = plan.partials(device, plan.batch, plan.heads, plan.tiles)
-    items = torch.empty(plan.batch, 2, dtype=torch.int32, device=device)
     o = torch.empty(q.shape, dtype=torch.float32, device=device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
     exact_tokens, pdl = view.exact_k.shape[2], shape["PDL"]
@@ -291,16 +290,18 @@ def attend_rows(
 
         kernel, operands = warp_kernel, (q, order, *strides, scale_log2)
         extra = {"AHEAD": config.ahead, "L2": config.l2, "Q_LEN": q.shape[2]}
+    splits = {"STEP": config.step, "BATCH_BLOCK": max(triton.next_power_of_2(plan.batch), 32)}
     kernel[(plan.max_items, plan.heads)](
-        *operands, view.pool.view(torch.int8), view.page_table, view.num_pages, *partial, items, plan.batch,
-        plan.max_items, view.page_table.shape[1], view.pool.shape[0], **shape, V=classes(layout.v_classes),
+        *operands, view.pool.view(torch.int8), view.page_table, view.num_pages, *partial, plan.batch,
+        plan.max_items, view.page_table.shape[1], view.pool.shape[0], **shape, **splits, V=classes(layout.v_classes),
         CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, num_warps=1, num_stages=1,
-        BATCH_BLOCK=max(triton.next_power_of_2(plan.batch), 32), maxnreg=config.max_registers, launch_pdl=pdl, **extra,
+        maxnreg=config.max_registers, launch_pdl=pdl, **extra,
     )  # fmt: skip
     channels = runs(layout)
     combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](
-        o, lse, *partial, items, *exact, view.exact_len, exact_tokens, V=channels, D=codec.head_dim, ROWS=plan.rows,
-        HEADS=plan.heads, **tile_shape, SPLITS=COMBINE_SPLITS, PDL=pdl, num_warps=COMBINE_WARPS, launch_pdl=pdl,
+        o, lse, *partial, view.num_pages, plan.batch, plan.max_items, *exact, view.exact_len, exact_tokens,
+        V=channels, D=codec.head_dim, ROWS=plan.rows, HEADS=plan.heads, **tile_shape, **splits, SPLITS=config.merged,
+        PDL=pdl, num_warps=config.merge_warps, launch_pdl=pdl,
     )  # fmt: skip
     return o, lse
 

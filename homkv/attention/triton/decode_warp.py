@@ -20,7 +20,6 @@ from homkv.attention.triton.warp import (
     transpose_bytes,
 )
 
-MIN_PAGES = tl.constexpr(4)
 LOG2_255 = tl.constexpr(7.994353436858858)
 DEAD = tl.constexpr(4 * NEVER.value)  # bias of a page that is not there: below the maximum of no page
 
@@ -312,25 +311,22 @@ SIZES = ["stride_b", "stride_h", "stride_t", "batch", "max_items", "max_pages", 
 
 @triton.jit(do_not_specialize=SIZES)
 def warp_kernel(
-    Q, Order, stride_b, stride_h, stride_t, scale_log2, Pool, PageTable, NumPages, PartO, PartM, PartL, Items, batch,
+    Q, Order, stride_b, stride_h, stride_t, scale_log2, Pool, PageTable, NumPages, PartO, PartM, PartL, batch,
     max_items, max_pages, num_blocks,
     K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr, Q_LEN: tl.constexpr, AHEAD: tl.constexpr,
+    SPLIT: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr, Q_LEN: tl.constexpr, AHEAD: tl.constexpr,
     L2: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, pages = find_split(item, NumPages, batch, max_items, MIN_PAGES, BATCH_BLOCK)
+    b, split, count, pages = find_split(item, NumPages, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
-    if split == 0:
-        tl.store(Items + b * 2, item)
-        tl.store(Items + b * 2 + 1, count)
     PAGES: tl.constexpr = 2 if COLUMNS == 4 else 1
     g, q = lane_parts()
     own_first = q < (2 if PAGES == 2 else 4)
-    first, stop = split_range(split, count, pages)
+    first, stop = split_range(split, count, pages, PAGES)
     table = PageTable + b.to(tl.int64) * max_pages
     pool = (Pool + head * PAGE_BYTES).to(tl.int64, bitcast=True) + tl.zeros([32], tl.int64)
 
@@ -340,6 +336,9 @@ def warp_kernel(
     if PAGES == 2:
         now = now + (page_address(pool, tl.load(table + tl.minimum(first + 1, last)), num_blocks, HEADS, PAGE_BYTES),)
         ahead = ahead + (tl.load(table + tl.minimum(first + 3, last)),)
+    # Before the queries are made ready, so that both take their time together.
+    for p in tl.static_range(PAGES):
+        prefetch_page(now[p], PAGE_BYTES)
     if AHEAD:
         keys = load_all_keys(now, g, q, K)
     n = g % 4 if PAGES == 2 else g

@@ -79,32 +79,37 @@ MMA_F16 = tl.constexpr(_MMA % "m16n8k16.row.col.f32.f16.f16.f32")
 
 
 @triton.jit
-def spread_bytes(x, UNSIGNED: tl.constexpr):
-    """Registers ``[32]`` of four bytes to int32 ``[8, 16]``: row g, column 4 q + byte."""
-    parts = ()
-    for i in tl.static_range(4):
-        part = (x >> (8 * i)) & 255
-        parts = parts + (part if UNSIGNED else part - (part & 128) * 2,)
-    all4 = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
-    return all4.permute(0, 2, 1).reshape([8, 16])
+def bytes_of(x, UNSIGNED: tl.constexpr):
+    """Four bytes of each int32 along a new last dimension, float32."""
+    x = (x.reshape([x.numel, 1]) >> (8 * tl.arange(0, 4))[None, :]) & 255
+    return (x if UNSIGNED else ((x + 128) & 255) - 128).to(tl.float32)
 
 
 @triton.jit
-def spread_halves(x):
-    """Registers ``[32]`` of two float16 to float32 ``[8, 8]``: row g, column 2 q + half."""
-    low = (x & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    high = ((x >> 16) & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return tl.join(low, high).reshape([8, 8])
+def halves_of(x):
+    """Two float16 of each int32 along a new last dimension, float32."""
+    x = (x.reshape([x.numel, 1]) >> (16 * tl.arange(0, 2))[None, :]) & 65535
+    return x.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def multiply_plain(a, b, c):
-    """``c + a b`` from fragments spread to matrices ``[8, k]``: a of four, b of two, c four registers."""
+def multiply_plain(a, b, N: tl.constexpr):
+    """``a b`` as an accumulator's four registers; N elements per register, spread out ``[.., N]`` behind the lanes."""
+    a = a.reshape([8, 4, 2, 2, N]).permute(3, 0, 2, 1, 4).reshape([16, 8 * N])
+    b = b.reshape([8, 4, 2, N]).permute(2, 1, 3, 0).reshape([8 * N, 8])
+    c = tl.sum(a[:, :, None] * b[None, :, :], 1).reshape([2, 32, 2]).permute(1, 2, 0)
+    top, bottom = tl.split(c)
+    c0, c1 = tl.split(top)
+    c2, c3 = tl.split(bottom)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def add_plain(c, x):
+    """``c + x`` of four registers, as registers of c's type."""
     out = ()
-    for half in tl.static_range(2):
-        x = tl.sum(a[half][:, None, :] * b[0][None, :, :], 2) + tl.sum(a[2 + half][:, None, :] * b[1][None, :, :], 2)
-        x0, x1 = tl.split(x.reshape([32, 2]))
-        out = out + (c[2 * half] + x0, c[2 * half + 1] + x1)
+    for i in tl.static_range(4):
+        out = out + (c[i] + x[i].to(c[i].dtype),)
     return out
 
 
@@ -118,10 +123,8 @@ def mma8(a, b0, b1, c, UNSIGNED: tl.constexpr):
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        spread = ()
-        for i in tl.static_range(4):
-            spread = spread + (spread_bytes(a[i], False),)
-        return multiply_plain(spread, (spread_bytes(b0, UNSIGNED), spread_bytes(b1, UNSIGNED)), c)
+        x = bytes_of(tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3])), False)
+        return add_plain(c, multiply_plain(x, bytes_of(tl.join(b0, b1), UNSIGNED), 4))
 
 
 @triton.jit
@@ -133,10 +136,8 @@ def mma16(a, b0, b1, c):
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        spread = ()
-        for i in tl.static_range(4):
-            spread = spread + (spread_halves(a[i]),)
-        return multiply_plain(spread, (spread_halves(b0), spread_halves(b1)), c)
+        x = halves_of(tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3])))
+        return add_plain(c, multiply_plain(x, halves_of(tl.join(b0, b1)), 2))
 
 
 # Low bytes of an accumulator ``[16, 8]`` to half of a right operand ``[32, 8]``: lane (g, q) gets column g of rows
