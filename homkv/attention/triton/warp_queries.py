@@ -100,3 +100,45 @@ def centre_operands(q_row, Order, live, q, D: tl.constexpr, DP: tl.constexpr, SP
             b = (b - b.to(tl.float16).to(tl.float32)) * 2048.0
             low = low + (pack_halves(a, b),)
     return (high, low), exponent.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mask_codes(steps, mask):
+    """Right operands of a class with some columns zero."""
+    out = ()
+    for s in tl.static_range(len(steps)):
+        out = out + ((steps[s][0] & mask, steps[s][1] & mask),)
+    return out
+
+
+@triton.jit
+def load_queries(
+    q_row, Order, live, masks, q, scale_log2, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``(codes, unit, ratio, centre_unit, operands)`` of a set of eight columns; ``q_row`` points at the lane's.
+
+    ``codes``: for every page its right operands per class, columns of other pages zero. ``unit``, ``ratio``,
+    ``centre_unit`` belong to the lane's columns 2 q and 2 q + 1: what one unit of the first class is worth in the score,
+    base 2; how much more a class's is; what one of the centre's ``operands`` is.
+    """
+    order = Order.to(tl.int64, bitcast=True)
+    one = tl.full([32], 1.0, tl.float32)
+    unit = (one, one)
+    ratio = ()
+    first = ()
+    second = ()
+    for c in tl.static_range(len(K)):
+        steps, worth = class_codes(q_row, order, live, q, K[c][0], K[c][1], D)
+        worth = both_columns(worth * scale_log2, q)
+        if c == 0:
+            unit = (tl.where(worth[0] > 0, worth[0], 1.0), tl.where(worth[1] > 0, worth[1], 1.0))
+        ratio = ratio + ((worth[0] / unit[0], worth[1] / unit[1]),)
+        first = first + (mask_codes(steps, masks[0]),)
+        if PAGES == 2:
+            second = second + (mask_codes(steps, masks[1]),)
+    codes = (first,)
+    if PAGES == 2:
+        codes = (first, second)
+    operands, exponent = centre_operands(q_row, order, live, q, D, DP, SPLIT)
+    return codes, unit, ratio, both_columns(exponent * scale_log2, q), operands

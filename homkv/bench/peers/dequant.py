@@ -17,27 +17,29 @@ from torch import Tensor
 from homkv.attention.triton.checks import check_attend
 from homkv.attention.triton.combine import combine_kernel
 from homkv.attention.triton.decode import (
-    COMBINE_SPLITS,
     COMBINE_WARPS,
     EXACT_TILE,
     MIN_PAGES,
     PREPARE_WARPS,
     classes,
-    load_centre_query,
+    merged_at_a_time,
     order_on_device,
     runs,
 )
-from homkv.attention.triton.fragments import (
-    centre_scores,
-    count_blocks,
-    load_centre,
-    max4,
-)
 from homkv.attention.triton.lanes import LOG2E, NEVER, fast_log2, fast_reciprocal, hadamard, prefetch
-from homkv.attention.triton.prepare import count_steps, exact_tile, query_rows, store_centre
+from homkv.attention.triton.prepare import exact_tile, query_rows
 from homkv.attention.triton.runtime import has_dependent_launch, num_processors
 from homkv.attention.triton.schedule import find_split, split_range
+from homkv.attention.triton.warp_page import count_blocks
 from homkv.attention.view import LayerView
+from homkv.bench.peers.dequant_centre import (
+    centre_scores,
+    count_steps,
+    load_centre,
+    load_centre_query,
+    max4,
+    store_centre,
+)
 from homkv.bench.peers.dequant_tiles import (
     UNIT,
     half_step,
@@ -311,7 +313,7 @@ def attend(
     combine_kernel[(batch * heads * rows, len(runs(layout)))](
         o, torch.empty(q.shape[:3], device=device), *work.partial, view.num_pages, batch, work.max_items, *work.exact,
         view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles,
-        SPLITS=COMBINE_SPLITS, **splits, PDL=pdl, num_warps=COMBINE_WARPS, launch_pdl=pdl,
+        SPLITS=merged_at_a_time(work.max_items, batch), **splits, PDL=pdl, num_warps=COMBINE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
     return o
 
