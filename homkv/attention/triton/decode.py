@@ -21,8 +21,7 @@ from homkv.spec import ChannelClass, PageLayout
 MIN_PAGES = 4  # of a split, and the step of its size: fewer would cost more to merge than to read
 EXACT_TILE = 32  # exact tokens that one program attends to
 PREPARE_WARPS = 2
-COMBINE_SPLITS = (16, 128)  # partial outputs that are merged at a time, at least and at most
-COMBINE_WARPS = 4
+COMBINE_SPLITS = (32, 128)  # partial outputs that are merged at a time, at least and at most
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ def attend_rows(
     channels = runs(codec.layout)
     combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](
         o, lse, *partial, view.num_pages, plan.batch, plan.max_items, *exact, view.exact_len, view.exact_k.shape[2],
-        V=channels, **plan.shape, **plan.exact, **plan.splits, SPLITS=merged_at_a_time(plan.max_items, plan.batch),
-        num_warps=COMBINE_WARPS, launch_pdl=pdl,
+        V=channels, **plan.shape, **plan.exact, **plan.splits, **merge_shape(plan.max_items, plan.batch),
+        launch_pdl=pdl,
     )  # fmt: skip
     return o, lse
 
@@ -119,10 +118,11 @@ def launch_pages(
     )  # fmt: skip
 
 
-def merged_at_a_time(max_items: int, batch: int) -> int:
-    """Room for the splits of a sequence if all are equally long: more are merged in several rounds."""
+def merge_shape(max_items: int, batch: int) -> dict[str, int]:
+    """How the merge is laid out: room for the splits of sequences of equal length; more take several rounds."""
     least, most = COMBINE_SPLITS
-    return min(max(triton.next_power_of_2(triton.cdiv(max_items, batch)), least), most)
+    splits = min(max(triton.next_power_of_2(triton.cdiv(max_items, batch)), least), most)
+    return {"SPLITS": splits, "num_warps": max(splits // 16, 4)}
 
 
 def classes(of: tuple[ChannelClass, ...]) -> tuple[tuple[int, ...], ...]:

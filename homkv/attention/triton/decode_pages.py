@@ -1,4 +1,4 @@
-"""The pages' part of a decode call: split-KV, one warp per program, two pages at a time where few query rows share them."""
+"""The pages' part of a decode call: split-KV, one warp per program, two pages at a time for few query rows."""
 
 import triton
 import triton.language as tl
@@ -123,7 +123,6 @@ def page_step(
     o, m, l = state
     s = page_scores(keys, scales, query, K)
     bias = page_bias(centres, query, alive, own, DP, PAGES, SPLIT)
-    unit = query[1]
     new = ()
     top = m
     decay = m
@@ -147,7 +146,9 @@ def page_step(
 
 
 @triton.jit
-def load_pages(pages, own_page, g, q, K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+def load_pages(
+    pages, own_page, g, q, K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
     """Values, scales and centres of a step's pages; ``own_page`` is the one whose columns the lane holds."""
     values = ()
     centres = ()
@@ -195,7 +196,9 @@ def empty_state(BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def store_partial(PartO, PartM, PartL, state, at, row, g, ROWS: tl.constexpr, V: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr):  # fmt: skip
+def store_partial(
+    PartO, PartM, PartL, state, at, row, g, ROWS: tl.constexpr, V: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr
+):  # fmt: skip
     """Store a partial output; with two pages, columns r and r + 4 are one query row. ``row``: the lane's first one."""
     o, m, l = state
     top = m

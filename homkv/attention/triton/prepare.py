@@ -68,7 +68,7 @@ def exact_tokens_kernel(
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr,
     EXACT_TILE: tl.constexpr, EXACT_TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch, HEADS, EXACT_TILES). ``ExactO [batch, HEADS, EXACT_TILES, ROWS, D]``, the tiles' maxima, denominators.
+    """Grid (batch, HEADS, EXACT_TILES): ``ExactO [batch, HEADS, EXACT_TILES, ROWS, D]``, maxima and denominators.
 
     The pages' kernel, which is launched behind this one, may start when all programs have begun.
     """

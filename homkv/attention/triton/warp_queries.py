@@ -26,7 +26,7 @@ def gather_slots(q_row, Order, live, start, stop, COUNT: tl.constexpr, LAST: tl.
 
 @triton.jit
 def rotate_slots(x, q, BLOCK: tl.constexpr):
-    """Orthonormal Hadamard transform of blocks of slots ``32 s + 16 half + 4 q + j``, registers in order (s, half, j)."""
+    """Orthonormal Hadamard transform of blocks of slots ``32 s + 16 half + 4 q + j``; registers (s, half, j)."""
     for level in tl.static_range(BLOCK.bit_length() - 1):
         new = ()
         if level == 2 or level == 3:
@@ -119,7 +119,7 @@ def load_queries(
     """``(codes, unit, ratio, centre_unit, operands)`` of a set of eight columns; ``q_row`` points at the lane's.
 
     ``codes``: for every page its right operands per class, columns of other pages zero. ``unit``, ``ratio``,
-    ``centre_unit`` belong to the lane's columns 2 q and 2 q + 1: what one unit of the first class is worth in the score,
+    ``centre_unit`` belong to the lane's columns 2 q and 2 q + 1: what a unit of the first class is worth in the score,
     base 2; how much more a class's is; what one of the centre's ``operands`` is.
     """
     order = Order.to(tl.int64, bitcast=True)

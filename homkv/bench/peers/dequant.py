@@ -17,12 +17,11 @@ from torch import Tensor
 from homkv.attention.triton.checks import check_attend
 from homkv.attention.triton.combine import combine_kernel
 from homkv.attention.triton.decode import (
-    COMBINE_WARPS,
     EXACT_TILE,
     MIN_PAGES,
     PREPARE_WARPS,
     classes,
-    merged_at_a_time,
+    merge_shape,
     order_on_device,
     runs,
 )
@@ -307,13 +306,14 @@ def attend(
     dequant_kernel[(work.max_items, heads)](
         *work.query, view.pool.view(torch.int8), view.page_table, view.num_pages, *work.partial, batch,
         work.max_items, view.page_table.shape[1], view.pool.shape[0], **shape, V=classes(layout.v_classes),
-        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, **splits, PDL=pdl, num_warps=1, num_stages=1, maxnreg=config.max_registers, launch_pdl=pdl,
+        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, **splits, PDL=pdl, num_warps=1, num_stages=1,
+        maxnreg=config.max_registers, launch_pdl=pdl,
     )  # fmt: skip
     o = torch.empty(q.shape, device=device)
     combine_kernel[(batch * heads * rows, len(runs(layout)))](
         o, torch.empty(q.shape[:3], device=device), *work.partial, view.num_pages, batch, work.max_items, *work.exact,
-        view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles,
-        SPLITS=merged_at_a_time(work.max_items, batch), **splits, PDL=pdl, num_warps=COMBINE_WARPS, launch_pdl=pdl,
+        view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE,
+        EXACT_TILES=tiles, **splits, **merge_shape(work.max_items, batch), PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     return o
 
