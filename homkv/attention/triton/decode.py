@@ -21,16 +21,9 @@ from homkv.spec import ChannelClass, PageLayout
 MIN_PAGES = 4  # of a split, and the step of its size: fewer would cost more to merge than to read
 EXACT_TILE = 32  # exact tokens that one program attends to
 PREPARE_WARPS = 2
-COMBINE_SPLITS = (32, 128)  # partial outputs that are merged at a time, at least and at most
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """What does not change the result beyond rounding."""
-
-    programs: int = 8  # per multiprocessor: the grid is one wave of these
-    max_registers: int | None = None
-    early: bool = True  # load the next pages' keys into registers ahead of time
+PROGRAMS = 8  # per multiprocessor: the grid is one wave of these
+COMBINE_SPLITS = 64  # partial outputs that are merged at a time
+COMBINE_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -46,14 +39,14 @@ class Plan:
     splits: dict[str, Any]  # of the division into splits
 
     @classmethod
-    def of(cls, q: Tensor, view: LayerView, codec: RowsCodec, config: DecodeConfig) -> "Plan":
+    def of(cls, q: Tensor, view: LayerView, codec: RowsCodec, programs: int) -> "Plan":
         """Lay a checked call out."""
         batch, heads, dim = q.shape[0], view.pool.shape[1], codec.head_dim
         rows = q.shape[1] // heads * q.shape[2]
         shape = {"D": dim, "ROWS": rows, "HEADS": heads, "PDL": has_dependent_launch(q.device)}
         tiles = triton.next_power_of_2(max(triton.cdiv(view.exact_k.shape[2], EXACT_TILE), 1))
         return cls(
-            batch, heads, rows, max(batch, config.programs * num_processors(q.device) // heads), shape,
+            batch, heads, rows, max(batch, programs * num_processors(q.device) // heads), shape,
             {"EXACT_TILE": EXACT_TILE, "EXACT_TILES": tiles},
             {"STEP": MIN_PAGES, "BATCH_BLOCK": max(triton.next_power_of_2(batch), 32)},
         )  # fmt: skip
@@ -68,13 +61,15 @@ class Plan:
 
 
 def attend_rows(
-    q: Tensor, view: LayerView, codec: RowsCodec, softmax_scale: float, config: DecodeConfig | None = None
+    q: Tensor, view: LayerView, codec: RowsCodec, softmax_scale: float, programs: int = PROGRAMS
 ) -> tuple[Tensor, Tensor]:
-    """Decode attention on rows pages; see homkv.attention.triton.attend."""
+    """Decode attention on rows pages; see homkv.attention.triton.attend.
+
+    ``programs`` per multiprocessor share the pages; their number changes the result by rounding only.
+    """
     check_attend(q, view, codec, softmax_scale)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    config = config or DecodeConfig()
-    plan, device = Plan.of(q, view, codec, config), q.device
+    plan, device = Plan.of(q, view, codec, programs), q.device
     partial = plan.partials(device, plan.max_items, plan.heads)
     exact = plan.partials(device, plan.batch, plan.heads, plan.exact["EXACT_TILES"])
     scale_log2, pdl = softmax_scale * LOG2E.value, plan.shape["PDL"]
@@ -85,14 +80,14 @@ def attend_rows(
         DP=triton.next_power_of_2(codec.head_dim), N=8 if plan.rows <= 8 else 16, Q_LEN=q.shape[2],
         num_warps=PREPARE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
-    launch_pages(q, view, codec, scale_log2, plan, config, partial)
+    launch_pages(q, view, codec, scale_log2, plan, partial)
     o = torch.empty(q.shape, dtype=torch.float32, device=device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
     channels = runs(codec.layout)
     combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](
         o, lse, *partial, view.num_pages, plan.batch, plan.max_items, *exact, view.exact_len, view.exact_k.shape[2],
-        V=channels, **plan.shape, **plan.exact, **plan.splits, **merge_shape(plan.max_items, plan.batch),
-        launch_pdl=pdl,
+        V=channels, **plan.shape, **plan.exact, **plan.splits, SPLITS=COMBINE_SPLITS,
+        num_warps=COMBINE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
     return o, lse
 
@@ -103,7 +98,6 @@ def launch_pages(
     codec: RowsCodec,
     scale_log2: float,
     plan: Plan,
-    config: DecodeConfig,
     partial: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """The pages' part of a call."""
@@ -113,16 +107,9 @@ def launch_pages(
         view.page_table, view.num_pages, *partial, plan.batch, plan.max_items, view.page_table.shape[1],
         view.pool.shape[0], **plan.shape, **plan.splits, K=classes(layout.k_classes), V=classes(layout.v_classes),
         CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, DP=triton.next_power_of_2(codec.head_dim),
-        Q_LEN=q.shape[2], SPLIT=q.dtype == torch.float32, EARLY=config.early, num_warps=1, num_stages=1,
-        maxnreg=config.max_registers, launch_pdl=plan.shape["PDL"],
+        Q_LEN=q.shape[2], SPLIT=q.dtype == torch.float32, num_warps=1, num_stages=1,
+        launch_pdl=plan.shape["PDL"],
     )  # fmt: skip
-
-
-def merge_shape(max_items: int, batch: int) -> dict[str, int]:
-    """How the merge is laid out: room for the splits of sequences of equal length; more take several rounds."""
-    least, most = COMBINE_SPLITS
-    splits = min(max(triton.next_power_of_2(triton.cdiv(max_items, batch)), least), most)
-    return {"SPLITS": splits, "num_warps": max(splits // 16, 4)}
 
 
 def classes(of: tuple[ChannelClass, ...]) -> tuple[tuple[int, ...], ...]:

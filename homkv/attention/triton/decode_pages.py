@@ -233,12 +233,12 @@ def decode_kernel(
     max_items, max_pages, num_blocks,
     K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    EARLY: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence and kv head: a partial output over its pages. Grid (max_items, HEADS).
 
-    Up to 4 query rows: two pages a step; up to 8: one; up to 16: one, for two sets of columns. EARLY: the next step's
-    keys are loaded into registers before this step's end, the rest of a page when its step begins, from L2.
+    Up to 4 query rows: two pages a step; up to 8: one; up to 16: one, for two sets of columns. A page is asked for one
+    step ahead; its keys are loaded into registers at the end of the step before, the rest when its step begins.
     """
     item = tl.program_id(0)
     head = tl.program_id(1)
@@ -275,8 +275,6 @@ def decode_kernel(
         states = states + (empty_state(count_blocks(V, len(V))),)
 
     for at in tl.range(first, stop, PAGES, num_stages=1):
-        if not EARLY:
-            keys = load_all_keys(now, g, q, K)
         own_page = now[0]
         if PAGES == 2:
             own_page = tl.where(own, now[0], now[1])
@@ -290,8 +288,7 @@ def decode_kernel(
             data = (keys, values, scales, centres)
             new = new + (page_step(data, states[i], queries[i], alive, own, masks, K, V, DP, PAGES, SPLIT),)
         states = new
-        if EARLY:
-            keys = load_all_keys(following, g, q, K)
+        keys = load_all_keys(following, g, q, K)
         now = following
         following = later
 

@@ -13,7 +13,7 @@ of 32 channels may be short of groups of four: the last one is read again and me
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, PLANE_2, PLANE_4, USE_PTX
+from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, PLANE_2, PLANE_4, USE_PTX, scale_value
 from homkv.attention.triton.warp import load2, load4, load_short, mma8, mma16
 
 PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
@@ -90,9 +90,7 @@ def load_scales(page, g, OFFSET: tl.constexpr):
 @triton.jit
 def two_scales(x):
     """Two E5M3 bytes to float32."""
-    low = ((x & 255) * (1 << 20) + (103 << 23)).to(tl.float32, bitcast=True)
-    high = ((x >> 8) * (1 << 20) + (103 << 23)).to(tl.float32, bitcast=True)
-    return low, high
+    return scale_value(x & 255), scale_value(x >> 8)
 
 
 @triton.jit

@@ -17,11 +17,12 @@ from torch import Tensor
 from homkv.attention.triton.checks import check_attend
 from homkv.attention.triton.combine import combine_kernel
 from homkv.attention.triton.decode import (
+    COMBINE_SPLITS,
+    COMBINE_WARPS,
     EXACT_TILE,
     MIN_PAGES,
     PREPARE_WARPS,
     classes,
-    merge_shape,
     order_on_device,
     runs,
 )
@@ -313,7 +314,8 @@ def attend(
     combine_kernel[(batch * heads * rows, len(runs(layout)))](
         o, torch.empty(q.shape[:3], device=device), *work.partial, view.num_pages, batch, work.max_items, *work.exact,
         view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE,
-        EXACT_TILES=tiles, **splits, **merge_shape(work.max_items, batch), PDL=pdl, launch_pdl=pdl,
+        EXACT_TILES=tiles, **splits, SPLITS=COMBINE_SPLITS, PDL=pdl, num_warps=COMBINE_WARPS,
+        launch_pdl=pdl,
     )  # fmt: skip
     return o
 
