@@ -3,7 +3,7 @@
 vLLM's allocator knows one block size in bytes. Per layer and kv head, one of its blocks holds either
 
 * ``pages_per_block`` pages of 64 tokens, which tokens ``[block_size * i, block_size * (i + 1))`` became, or
-* 64 exact tokens, keys then values, and a tag: an *exact block*. Every sequence has three of them: its first 64 tokens
+* 64 exact tokens, keys then values, and a tag: an *exact block*. A sequence has up to three of them: its first 64 tokens
   (its sinks), and the two halves of a ring of 128 tokens that the window moves through.
 
 ``pages_per_block`` is the smallest number of pages that such an exact block fits into, so both kinds are equally large.
@@ -18,7 +18,7 @@ from homkv.errors import FormatError, UnsupportedError
 from homkv.spec import FORMAT_VERSION, HEAD_DIMS, PAGE_TOKENS, PRESETS, RowsSpec
 
 BLOCK_VERSION = 1  # of the layout of a block around its pages; part of the backend's name
-EXACT_BLOCKS = 3  # of a sequence: first tokens, even half, odd half
+EXACT_BLOCKS = 3  # of a sequence: first tokens, half of odd pages, half of even pages
 TAG_BYTES = 16  # which page's tokens a half holds, and that page's digest: two int64
 RAW_BYTES = (2, 4)  # of one exact number: float16 and bfloat16, float32
 
@@ -80,7 +80,7 @@ class BlockPlan:
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a sequence of ``num_tokens`` tokens occupies, and that NIXL sends for it."""
-        return ceil_div(num_tokens, self.block_size) + EXACT_BLOCKS
+        return ceil_div(num_tokens, self.block_size) + min(ceil_div(num_tokens, PAGE_TOKENS), EXACT_BLOCKS)
 
     def kv_bytes(self, num_tokens: int, head_dim: int) -> int:
         """Bytes that a sequence occupies per layer and kv head, everything counted."""
@@ -94,7 +94,8 @@ class BlockPlan:
         page_bytes = self.spec.layout(head_dim).page_bytes
         pages = ceil_div(num_tokens, self.block_size) * self.pages_per_block - ceil_div(num_tokens, PAGE_TOKENS) + 1
         exact = PAGE_TOKENS * 2 * head_dim * raw_bytes + TAG_BYTES
-        return pages * page_bytes + EXACT_BLOCKS * (self.block_bytes(head_dim) - exact)
+        exact_blocks = min(ceil_div(num_tokens, PAGE_TOKENS), EXACT_BLOCKS)
+        return pages * page_bytes + exact_blocks * (self.block_bytes(head_dim) - exact)
 
 
 def preset_names() -> Iterator[str]:

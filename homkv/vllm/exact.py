@@ -1,8 +1,8 @@
 """The exact blocks of a sequence as vLLM sees them: a spec, the manager that allocates them, and an auxiliary layer.
 
 Every attention layer brings one :class:`ExactLayer`, a layer without weights whose only purpose is a second cache group:
-three blocks per sequence (first tokens, even half, odd half of the window), of the same size as blocks of pages, from
-the same pool. The first one is shared through the prefix cache; the other two belong to their sequence alone.
+up to three blocks of 64 tokens per sequence (the first tokens, and the two halves of the window), as large as blocks of
+pages and from the same pool. The first one is shared through the prefix cache, the others belong to their sequence.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from homkv.vllm.blocks import EXACT_BLOCKS
+from homkv.spec import PAGE_TOKENS
+from homkv.vllm.blocks import EXACT_BLOCKS, BlockPlan, ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSpec(AttentionSpec):  # type: ignore[misc]  # vllm is untyped to us
-    """EXACT_BLOCKS blocks per sequence, however long it is."""
+    """At most EXACT_BLOCKS blocks of 64 tokens per sequence, however long it is."""
 
     @property
     def block_table_token_alignment(self) -> int | None:
@@ -51,13 +52,14 @@ class ExactSpec(AttentionSpec):  # type: ignore[misc]  # vllm is untyped to us
 
 
 class ExactManager(SingleTypeKVCacheManager):  # type: ignore[misc]
-    """Claims all blocks of a sequence with its first tokens; shares the first one with sequences of the same prefix."""
+    """Gives a sequence its blocks as it grows to three, and shares the first one with sequences of the same prefix."""
 
-    def _missing(self, request_id: str, hits: int = 0) -> int:
-        return EXACT_BLOCKS - len(self.req_to_blocks.get(request_id, ())) - hits
+    def _missing(self, request_id: str, num_tokens: int, hits: int = 0) -> int:
+        needed = min(ceil_div(num_tokens, self.block_size), EXACT_BLOCKS)
+        return max(needed - len(self.req_to_blocks.get(request_id, ())) - hits, 0)
 
-    def _claim(self, request_id: str) -> list[Any]:
-        blocks = self.block_pool.get_new_blocks(self._missing(request_id))
+    def _claim(self, request_id: str, num_tokens: int) -> list[Any]:
+        blocks = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens))
         self.req_to_blocks[request_id].extend(blocks)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in blocks)
@@ -68,11 +70,11 @@ class ExactManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     ) -> int:
         """Blocks that the pool must be able to give."""
         evictable = self._get_num_evictable_blocks(new_computed_blocks)
-        return self._missing(request_id, len(new_computed_blocks)) + int(evictable)
+        return self._missing(request_id, num_tokens, len(new_computed_blocks)) + int(evictable)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
-        """All blocks with the first tokens, none later."""
-        return self._claim(request_id)
+        """What is missing for ``num_tokens``."""
+        return self._claim(request_id, num_tokens)
 
     def allocate_external_computed_blocks(
         self,
@@ -83,7 +85,7 @@ class ExactManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     ) -> None:
         """Room for blocks that a connector will fill."""
         if num_external_computed_tokens > 0:
-            self._claim(request_id)
+            self._claim(request_id, num_local_computed_tokens + num_external_computed_tokens)
 
     @classmethod
     def find_longest_cache_hit(
@@ -114,7 +116,7 @@ class ExactManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         return tuple([block] for block in found), length
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Offer the first block to others, once every token of it and of the first block of pages is there."""
+        """Offer the first block to others; the rest is nobody else's."""
         super().cache_blocks(request, min(num_tokens, self.block_size), *args, **kwargs)
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -161,14 +163,18 @@ class ExactBackend(AttentionBackend):  # type: ignore[misc]
         """Each layer on its own, each block in one piece."""
         return (KVCacheLayout.LBHNC,)
 
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        """One: a block is never cut."""
+        return [PAGE_TOKENS]
+
 
 class ExactLayer(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     """Owner of one layer's exact blocks."""
 
-    def __init__(self, name: str, num_kv_heads: int, head_size: int, content_bytes: int, config: VllmConfig) -> None:
+    def __init__(self, name: str, num_kv_heads: int, head_size: int, plan: BlockPlan, config: VllmConfig) -> None:
         super().__init__()
-        self.layer_name, self.num_kv_heads, self.head_size = name, num_kv_heads, head_size
-        self.content_bytes = content_bytes
+        self.layer_name, self.num_kv_heads, self.head_size, self.plan = name, num_kv_heads, head_size, plan
         self.kv_cache: Tensor = torch.tensor([])
         config.compilation_config.static_forward_context[name] = self
 
@@ -179,9 +185,9 @@ class ExactLayer(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactSpec:
         """As many bytes as a block of pages."""
         return ExactSpec(
-            block_size=vllm_config.cache_config.block_size,
+            block_size=PAGE_TOKENS,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
             dtype=torch.uint8,
-            state_content_bytes=self.content_bytes,
+            state_content_bytes=self.plan.block_bytes(self.head_size) // PAGE_TOKENS,
         )

@@ -85,7 +85,7 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
     def _exact_layer(self, config: VllmConfig) -> ExactLayer:
         names = config.compilation_config.static_forward_context
         name = next(n for i in itertools.count() if (n := f"{EXACT_PREFIX}.{i}.exact") not in names)
-        return ExactLayer(name, self.num_kv_heads, self.head_size, self.codec.page_bytes // 64, config)
+        return ExactLayer(name, self.num_kv_heads, self.head_size, self.plan, config)
 
     def store(self, pages: Tensor) -> LayerStore:
         """Views of the layer's cache; made anew when vLLM binds another one."""

@@ -3,7 +3,7 @@
 Let T be a sequence's length. Page j holds tokens ``[64 j, 64 j + 64)``, all of them: unlike elsewhere in homkv the first 64
 tokens count as sinks, so that pages never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as
 soon as its last token is there. Attention nevertheless reads the newest 64 to 127 tokens exactly, from a ring of two
-halves: token t lies in half ``(t div 64) mod 2`` at ``t mod 64``. The place is a function of the position, so storing a
+halves: token t lies in half ``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function of the position, so storing a
 token twice, as the decode side of a transfer does with the last prompt token, leaves the same bytes.
 
 A full half carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand for
@@ -13,6 +13,7 @@ is read as a page until the ring has filled.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import TAG_BYTES, BlockPlan
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: the golden ratio's, as a signed 64-bit number
+
+
+Index = TypeVar("Index", int, Tensor)
+
+
+def half_of(page: Index) -> Index:
+    """Which half of the ring holds a page's tokens. Page 1, the first one that is not exact for good, uses the first."""
+    return (page + 1) % 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class LayerStore:
         ``tables [B, num_pages]`` from :meth:`page_ids`, ``exact [B, 3]`` block ids, ``lengths [B]`` on the host.
         """
         index, at = (lengths - 1) // PAGE_TOKENS, (lengths - 1) % PAGE_TOKENS
-        column = torch.where(index > 0, 1 + index % 2, 0).to(exact.device).unsqueeze(1)
+        column = torch.where(index > 0, 1 + half_of(index), 0).to(exact.device).unsqueeze(1)
         blocks = exact.long().gather(1, column).squeeze(1)
         at = at.to(exact.device)
         self.exact_k[blocks, :, at] = k.to(self.exact_k.dtype)
@@ -117,7 +126,7 @@ class LayerStore:
             tokens = slice((index - first) * PAGE_TOKENS, (index - first + 1) * PAGE_TOKENS)
             if index < first or tokens.start >= k.shape[1]:
                 continue
-            block = exact[0 if index == 0 else 1 + index % 2].long()
+            block = exact[0 if index == 0 else 1 + half_of(index)].long()
             count = k[:, tokens].shape[1]
             self.exact_k[block, :, :count] = k[:, tokens]
             self.exact_v[block, :, :count] = v[:, tokens]
@@ -128,7 +137,7 @@ class LayerStore:
         if index == 0:
             return self.exact_k[exact[0].long()], self.exact_v[exact[0].long()]
         assert before is not None  # there is a ring where there was a token
-        return before.k[0, index % 2], before.v[0, index % 2]
+        return before.k[0, half_of(index)], before.v[0, half_of(index)]
 
     def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor) -> None:
         """``k v [n, G, 64, D]`` become pages ``page_ids [n]``."""
@@ -154,10 +163,10 @@ class LayerStore:
         open_page = tokens // PAGE_TOKENS
         full_page = (open_page - 1).clamp(min=0)
         ids = tables.gather(1, full_page.clamp(max=tables.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        tag = halves.tags[rows, full_page % 2]
+        tag = halves.tags[rows, half_of(full_page)]
         holds = (full_page > 0) & (tag[:, 0] == full_page) & (tag[:, 1] == self.digest(ids))
         window_page = torch.where(holds, full_page, open_page)
-        order = torch.stack((window_page % 2, open_page % 2), 1)
+        order = torch.stack((half_of(window_page), half_of(open_page)), 1)
         parts = []
         for first, ring in ((self.exact_k, halves.k), (self.exact_v, halves.v)):
             window = ring[rows.unsqueeze(1), order]
