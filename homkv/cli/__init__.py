@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import bench, demo, doctor, eval, formats, serve
+from homkv.cli import bench, demo, doctor, eval, formats, serve, serve_vllm
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app.command("demo")(demo.demo)
 app.command("eval")(eval.evaluate)
 app.command("formats")(formats.formats)
 app.command("doctor")(doctor.doctor)
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
+serve.app.command("vllm", context_settings=PASS_ON)(serve_vllm.serve)
 app.add_typer(serve.app, name="serve")
 app.add_typer(bench.app, name="bench")
 
@@ -31,6 +33,8 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 def main() -> None:
     """Run the command line. Exit codes: 0 fine, 1 a check failed, 2 an error with a message, 130 interrupted."""
     args = sorted(sys.argv[1:], key=lambda arg: arg != "--debug")  # --debug may stand anywhere: it goes first
+    if args[:3] == ["serve", "--engine", "vllm"]:
+        args = ["serve", *args[2:]]
     try:
         app(args)
     except HomkvError as error:

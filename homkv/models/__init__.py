@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "cache_root",
     "describe_model",
+    "find_model",
     "load_model",
     "load_tokenizer",
 ]
@@ -79,7 +80,7 @@ def load_model(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with _no_progress_bars():
-        source = _find(name_or_path, progress)
+        source = find_model(name_or_path, progress)
         progress(f"loading {name_or_path}")
         with _explained(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -94,7 +95,7 @@ def load_tokenizer(name_or_path: str, *, progress: Progress = _silent) -> PreTra
     Raises UnsupportedError and FormatError as ``load_model`` does.
     """
     with _no_progress_bars(), _explained(name_or_path):
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(_find(name_or_path, progress)))
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(find_model(name_or_path, progress)))
 
 
 def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:
@@ -121,7 +122,7 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     )
 
 
-def _find(name_or_path: str, progress: Progress) -> str:
+def find_model(name_or_path: str, progress: Progress = _silent) -> str:
     """Turn a name into what from_pretrained reads; GGUF files go through the cache of dequantized models."""
     build: Callable[[], Path] | None = None
     path = Path(name_or_path)

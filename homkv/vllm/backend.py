@@ -25,7 +25,7 @@ from homkv.vllm.blocks import BlockPlan
 class StepMetadata:
     """One step's batch: single tokens first, then chunks of prompts.
 
-    ``starts [B + 1]`` (offsets of each sequence's tokens) and ``lengths [B]`` (tokens behind this step) lie on the host;
+    ``starts [B + 1]`` (offsets of each sequence's tokens) and ``lengths [B]`` (tokens after this step) lie on the host,
     ``lengths_there [B]`` and ``table [B, blocks] int32`` on the device.
     """
 

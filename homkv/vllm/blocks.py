@@ -3,8 +3,8 @@
 vLLM's allocator knows one block size in bytes. Per layer and kv head, one of its blocks holds either
 
 * ``pages_per_block`` pages of 64 tokens, which tokens ``[block_size * i, block_size * (i + 1))`` became, or
-* 64 exact tokens, keys then values, and a tag: an *exact block*. A sequence has up to three of them: its first 64 tokens
-  (its sinks), and the two halves of a ring of 128 tokens that the window moves through.
+* 64 exact tokens, keys then values, and a tag: an *exact block*. A sequence has up to three of them: its first 64
+  tokens (its sinks), and the two halves of a ring of 128 tokens that the window moves through.
 
 ``pages_per_block`` is the smallest number of pages that such an exact block fits into, so both kinds are equally large.
 """

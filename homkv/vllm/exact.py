@@ -1,8 +1,8 @@
 """The exact blocks of a sequence as vLLM sees them: a spec, the manager that allocates them, and an auxiliary layer.
 
-Every attention layer brings one :class:`ExactLayer`, a layer without weights whose only purpose is a second cache group:
-up to three blocks of 64 tokens per sequence (the first tokens, and the two halves of the window), as large as blocks of
-pages and from the same pool. The first one is shared through the prefix cache, the others belong to their sequence.
+Every attention layer brings one :class:`ExactLayer`, a layer without weights whose only purpose is a second cache
+group: up to three blocks of 64 tokens per sequence (the first tokens, and the two halves of the window), as large as
+blocks of pages and from the same pool. The first one is shared through the prefix cache, the others are the sequence's.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -135,7 +135,9 @@ class ExactTableBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
         """Hand the table on."""
         return common_attn_metadata.block_table_tensor[: common_attn_metadata.num_reqs, :EXACT_BLOCKS]
 
@@ -164,9 +166,9 @@ class ExactBackend(AttentionBackend):  # type: ignore[misc]
         return (KVCacheLayout.LBHNC,)
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
-        """One: a block is never cut."""
-        return [PAGE_TOKENS]
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """A block is never cut; NIXL asks this about the blocks of pages as well."""
+        return [MultipleOf(PAGE_TOKENS)]
 
 
 class ExactLayer(nn.Module, AttentionLayerBase):  # type: ignore[misc]

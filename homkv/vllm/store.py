@@ -1,15 +1,15 @@
 """One layer's blocks: exact tokens in, pages out, and what attention sees of them. Knows nothing of vLLM.
 
-Let T be a sequence's length. Page j holds tokens ``[64 j, 64 j + 64)``, all of them: unlike elsewhere in homkv the first 64
-tokens count as sinks, so that pages never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as
-soon as its last token is there. Attention nevertheless reads the newest 64 to 127 tokens exactly, from a ring of two
-halves: token t lies in half ``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function of the position, so storing a
-token twice, as the decode side of a transfer does with the last prompt token, leaves the same bytes.
+Page j holds tokens ``[64 j, 64 j + 64)``. Unlike elsewhere in homkv the first 64 tokens, not 4, are sinks: so pages
+never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as soon as its last token is there.
+Attention nevertheless reads the newest 64 to 127 tokens exactly, from a ring of two halves: token t lies in half
+``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function of the position, so storing a token twice, as the decode
+side of a transfer does with the last prompt token, leaves the same bytes.
 
-A full half carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand for
-page j only while the tag names the page that the sequence's own page table points to. So a ring block that was just
-allocated, for a sequence that starts behind cached pages, is never mistaken for its window: the newest cached page
-is read as a page until the ring has filled.
+A full half carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand
+for page j only while the tag names the page that the sequence's own page table points to. So a ring block that was
+just allocated, for a sequence that starts behind cached pages, is never mistaken for its window: the newest cached
+page is read as a page until the ring has filled.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ Index = TypeVar("Index", int, Tensor)
 
 
 def half_of(page: Index) -> Index:
-    """Which half of the ring holds a page's tokens. Page 1, the first one that is not exact for good, uses the first."""
+    """Which half of the ring holds a page's tokens. Page 1, the first that is not exact for good, uses the first."""
     return (page + 1) % 2
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Both halves of B rings, copied: ``k v [B, 2, G, 64, D]``, ``tags [B, 2, 2] int64``, ``tokens [B]`` stored so far."""
+    """Both halves of B rings, copied: ``k v [B, 2, G, 64, D]``, ``tags [B, 2, 2] int64``; ``tokens [B]``: stored."""
 
     k: Tensor
     v: Tensor
@@ -75,7 +75,7 @@ class LayerStore:
     # -- where things are ----------------------------------------------------------------------------------------------
 
     def page_ids(self, table: Tensor) -> Tensor:
-        """Rows of the pool of pages 0, 1, 2 ...: ``[B, num_blocks]`` block ids to ``[B, num_blocks * pages_per_block]``."""
+        """Rows of the pool of pages 0, 1 ...: block ids ``[B, num_blocks]`` to ``[B, num_blocks * pages_per_block]``."""
         n = self.plan.pages_per_block
         return (table.unsqueeze(-1) * n + torch.arange(n, dtype=table.dtype, device=table.device)).flatten(-2)
 
@@ -120,8 +120,8 @@ class LayerStore:
         offset = max(1, first) - first
         if last > first + offset:
             whole = slice(offset * PAGE_TOKENS, (last - first) * PAGE_TOKENS)
-            parts = (x[:, whole].unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1) for x in (k, v))
-            self._encode(*parts, table[first + offset : last])
+            whole_k, whole_v = (x[:, whole].unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1) for x in (k, v))
+            self._encode(whole_k, whole_v, table[first + offset : last])
         for index in sorted({0, last - 1, last}):
             tokens = slice((index - first) * PAGE_TOKENS, (index - first + 1) * PAGE_TOKENS)
             if index < first or tokens.start >= k.shape[1]:

@@ -58,7 +58,13 @@ def test_a_name_says_everything_and_is_read_back() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("", "FLASH_ATTN", "HOMKV_K4420V2222_P1_L1_B448 ", "HOMKV_K4420V2222_P2_L1_B448", "HOMKV_K4420V2222_P1_L2_B448"),
+        *(
+            "",
+            "FLASH_ATTN",
+            "HOMKV_K4420V2222_P1_L1_B448 ",
+            "HOMKV_K4420V2222_P2_L1_B448",
+            "HOMKV_K4420V2222_P1_L2_B448",
+        ),
         *("HOMKV_K4420V2222_P1_L1_B100", "HOMKV_K4420V2222_P1_L1_B0", "HOMKV_K4430V2222_P1_L1_B448"),
     ],
 )
