@@ -54,12 +54,16 @@ class Fleet:
         """Process id of a command."""
         return next(process.pid for command, process in self._running if command.name == name)
 
-    def restart(self, name: str) -> None:
-        """End one process as if it had crashed, start it again and wait until it answers."""
+    def kill(self, name: str) -> Command:
+        """End one process and all of its children without warning, as a crash would. Returns its command."""
         at = next(i for i, (command, _) in enumerate(self._running) if command.name == name)
         command, process = self._running.pop(at)
         _signal_group(process, signal.SIGKILL)
         process.wait()
+        return command
+
+    def add(self, command: Command) -> None:
+        """Start one more process and wait until everything answers."""
         self._start(command)
         self._await_ready()
 

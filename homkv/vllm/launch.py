@@ -31,6 +31,7 @@ class ServeOptions:
     port: int = 8000  # of the router; instance i listens on port + 1 + i
     max_model_len: int | None = None
     kv_gib: float = 4.0  # on CPUs, which have no memory of their own to fill
+    lease_s: int = 30  # for which a prefill server keeps KV that nobody fetches
     extra: tuple[str, ...] = ()  # options for every vLLM server
 
     @property
@@ -74,9 +75,14 @@ def _server(options: ServeOptions, name: str, index: int, count: int, num_cores:
     if options.is_pair:
         transfer = {"kv_connector": "NixlConnector", "kv_role": ROLES[name.split("-")[0]]}
         transfer |= {"kv_buffer_device": options.device, "kv_load_failure_policy": "fail"}
-        argv += ["--kv-transfer-config", json.dumps(transfer)]
+        argv += ["--kv-transfer-config", json.dumps(transfer | {"kv_connector_extra_config": _nixl(options)})]
     env = dict(_environment(options, index, count, num_cores))
     return Command(name, f"http://{options.host}:{port}", (*argv, *options.extra), tuple(env.items()))
+
+
+def _nixl(options: ServeOptions) -> dict[str, int]:
+    """NIXL's settings. Its default of four threads polls without rest, which on a CPU takes the model's cores away."""
+    return {"kv_lease_duration": options.lease_s} | ({"num_threads": 0} if options.device == "cpu" else {})
 
 
 def _environment(options: ServeOptions, index: int, count: int, num_cores: int) -> Iterator[tuple[str, str]]:

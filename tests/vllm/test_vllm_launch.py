@@ -122,11 +122,14 @@ def test_a_process_that_never_answers_is_given_up(tmp_path: Path) -> None:
     assert time.monotonic() - start < 20
 
 
-def test_restart_replaces_one_process(tmp_path: Path) -> None:
+def test_one_process_is_killed_and_replaced(tmp_path: Path) -> None:
     servers = [small_server("one"), small_server("two")]
     with Fleet(servers, lambda *_: None, tmp_path, timeout_s=30) as fleet:
         pids = {name: fleet.pid(name) for name in ("one", "two")}
-        fleet.restart("two")
+        command = fleet.kill("two")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{servers[1].url}/health")
+        fleet.add(command)
         assert fleet.pid("one") == pids["one"]
         assert fleet.pid("two") != pids["two"]
         assert httpx.get(f"{servers[1].url}/health").is_success
