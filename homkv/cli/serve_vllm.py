@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,14 +42,13 @@ def serve(
     """Serve a model with vLLM: prefill and decode servers over NIXL and a router. Options behind -- go to vLLM."""
     from homkv.vllm.launch import ServeOptions, commands
 
-    chosen = _device(device)
     folder, head_dim = _inspect(model)
     options = ServeOptions(
         model=folder,
         served_name=model,
         plan=_plan(kv_cache_dtype, head_dim, dtype),
         dtype=dtype,
-        device=chosen,
+        device=_device(device),
         router=_router(router),
         num_prefill=prefill,
         num_decode=decode,
@@ -56,21 +56,21 @@ def serve(
         port=port,
         max_model_len=max_model_len,
         kv_gib=kv_gib,
+        python="python" if dry_run else sys.executable,
         extra=tuple(ctx.args),
     )
     wanted = commands(options, len(os.sched_getaffinity(0)))
     if dry_run:
-        for command in wanted:
-            typer.echo(f"# {command.name}: {command.url}\n{command.shell()}\n")
-        return
-    _require_vllm(options)
-    _run(wanted, options, logs)
+        typer.echo("\n\n".join(f"# {command.name}: {command.url}\n{command.shell()}" for command in wanted))
+    else:
+        _run(wanted, options, logs)
 
 
 def _run(wanted: "list[Command]", options: "ServeOptions", logs: Path | None) -> None:
     """Start, show where everything listens, and stop in order at a signal."""
     from homkv.vllm.fleet import Fleet
 
+    _require_vllm(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both signals unwind the block below
     try:
         with Fleet(wanted, lambda name, text: console.print(f"{name}: {text}", markup=False), logs) as fleet:
@@ -114,13 +114,13 @@ def _plan(kv_cache_dtype: str, head_dim: int, dtype: str) -> "BlockPlan":
 
 
 def _inspect(model: str) -> tuple[str, int]:
-    """Folder or hub name of a model, and its head_dim. Raises UnsupportedError for attention that pages do not compute."""
+    """Folder or hub name of a model, and its head_dim. Raises UnsupportedError if pages cannot hold its KV."""
     from transformers import AutoConfig
 
     from homkv.models import find_model
     from homkv.models.describe import refuse_unsupported
 
-    source = find_model(model, lambda text: console.print(text, markup=False))
+    source = find_model(model, lambda text: typer.echo(text, err=True))
     config = AutoConfig.from_pretrained(source).get_text_config()
     refuse_unsupported(config, model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

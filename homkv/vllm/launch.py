@@ -32,6 +32,7 @@ class ServeOptions:
     max_model_len: int | None = None
     kv_gib: float = 4.0  # on CPUs, which have no memory of their own to fill
     lease_s: int = 30  # for which a prefill server keeps KV that nobody fetches
+    python: str = sys.executable  # of an environment with vLLM and homkv
     extra: tuple[str, ...] = ()  # options for every vLLM server
 
     @property
@@ -65,7 +66,7 @@ def commands(options: ServeOptions, num_cores: int) -> list[Command]:
 
 def _server(options: ServeOptions, name: str, index: int, count: int, num_cores: int) -> Command:
     port = options.port + 1 + index if options.is_pair else options.port
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    argv = [options.python, "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", options.model, "--served-model-name", options.served_name, "--dtype", options.dtype]
     argv += ["--host", options.host, "--port", str(port), "--block-size", str(options.plan.block_size)]
     if options.max_model_len is not None:
@@ -107,7 +108,7 @@ def _router(options: ServeOptions, servers: list[Command]) -> Command:
     if options.router == "vllm-router":
         argv = ["vllm-router", "--vllm-pd-disaggregation", "--kv-connector", "nixl", "--policy", "round_robin"]
     else:
-        argv = [sys.executable, "-m", "homkv.vllm.proxy"]
+        argv = [options.python, "-m", "homkv.vllm.proxy"]
     for flag, urls in (("--prefill", prefill), ("--decode", decode)):
         for server in urls:
             argv += [flag, server]

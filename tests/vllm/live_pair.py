@@ -96,9 +96,7 @@ def test_a_pair_answers_as_one_server_does(fleet: Fleet, ids: list[int], length:
     text, logprobs = answer(ROUTER.url, prompt)
     alone, expected = answer(PREFILL.url, prompt)
     same = next((i for i, (a, b) in enumerate(zip(text, alone, strict=False)) if a != b), len(text))
-    print(
-        f"{length} tokens: texts agree for {same} of {len(text)} characters; first logprobs {logprobs[0]}, {expected[0]}"
-    )
+    print(f"{length} tokens: {same} of {len(text)} characters agree; first logprobs {logprobs[0]}, {expected[0]}")
     assert abs(logprobs[0] - expected[0]) < 0.15  # bfloat16, and the decode side recomputes the last prompt token
     assert text == alone or min(logprobs + expected) < -0.3  # only where the model hesitates may they part
 
