@@ -17,23 +17,31 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from homkv.spec import HEAD_DIMS
+from homkv.spec import HEAD_DIMS, PAGE_TOKENS
 from homkv.vllm.blocks import BlockPlan
+from homkv.vllm.store import Places, page_ids
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens ``at`` of sequence ``row``, behind ``start`` tokens that are stored."""
+
+    row: int
+    start: int
+    at: slice
 
 
 @dataclass(frozen=True)
 class StepMetadata:
-    """One step's batch: single tokens first, then chunks of prompts.
+    """One step's batch: sequences with a single token first, then chunks of prompts. Layers share it.
 
-    ``starts [B + 1]`` (offsets of each sequence's tokens) and ``lengths [B]`` (tokens after this step) lie on the host,
-    ``lengths_there [B]`` and ``table [B, blocks] int32`` on the device.
+    ``places``: of the single tokens; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids.
     """
 
-    num_single: int
-    starts: Tensor
+    places: Places
+    chunks: list[Chunk]
     lengths: Tensor
-    lengths_there: Tensor
-    table: Tensor
+    tables: Tensor
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vllm is untyped to us
@@ -49,16 +57,19 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
         """Without speculation vLLM's upper bound of a length is the length."""
-        batch = common_attn_metadata
+        batch, plan_block = common_attn_metadata, self.kv_cache_spec.block_size
         num_single = split_decodes_and_prefills(batch, decode_threshold=1)[0]
         lengths = batch.seq_lens_cpu_upper_bound
-        blocks = max(-(-batch.max_seq_len // self.kv_cache_spec.block_size), 1)
+        lengths = batch.seq_lens.cpu() if lengths is None else lengths
+        starts = batch.query_start_loc_cpu.tolist()
+        spans = [(row, starts[row], starts[row + 1]) for row in range(num_single, batch.num_reqs)]
+        chunks = [Chunk(row, int(lengths[row]) - (stop - first), slice(first, stop)) for row, first, stop in spans]
+        blocks = max(-(-batch.max_seq_len // plan_block), 1)
         return StepMetadata(
-            num_single=num_single,
-            starts=batch.query_start_loc_cpu,
-            lengths=batch.seq_lens.cpu() if lengths is None else lengths,
-            lengths_there=batch.seq_lens,
-            table=batch.block_table_tensor[:, :blocks],
+            places=Places.of(lengths[:num_single], self.device),
+            chunks=[chunk for chunk in chunks if chunk.at.stop > chunk.at.start],
+            lengths=batch.seq_lens,
+            tables=page_ids(batch.block_table_tensor[: batch.num_reqs, :blocks], plan_block // PAGE_TOKENS),
         )
 
 
@@ -91,7 +102,7 @@ class PagesBackend(AttentionBackend):  # type: ignore[misc]
     def customize_spec(cls, spec: Any) -> Any:
         """Bytes per token and head: a page's, by 64."""
         layout = cls.plan.spec.layout(spec.head_size)
-        return replace(spec, dtype=torch.uint8, state_content_bytes=layout.page_bytes // 64)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=layout.page_bytes // PAGE_TOKENS)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:

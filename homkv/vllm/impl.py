@@ -14,7 +14,7 @@ from homkv.attention.prefill import causal
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.rope import pairing_of, rope_from_config
-from homkv.vllm.backend import StepMetadata
+from homkv.vllm.backend import Chunk, StepMetadata
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.exact import ExactLayer
 from homkv.vllm.store import Halves, LayerStore
@@ -116,35 +116,29 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
             return output.zero_()
         step, store = attn_metadata, self.store(kv_cache)
         exact = get_forward_context().attn_metadata[self.exact.layer_name]
-        tables = store.page_ids(step.table)
-        chunks = self._chunks(step)
-        rings = {b: self._ring(store, step, exact, b, start) for b, start, _ in chunks if start}
-        for b, start, at in chunks:
-            store.store_many(tables[b], exact[b], start, key[at], value[at], rings.get(b))
-        n = step.num_single
+        rings = [self._ring(store, exact, chunk) for chunk in step.chunks]
+        for chunk, ring in zip(step.chunks, rings, strict=True):
+            table, blocks = step.tables[chunk.row], exact[chunk.row]
+            store.store_many(table, blocks, chunk.start, key[chunk.at], value[chunk.at], ring)
+        n = len(step.places.at)
         if n:
-            store.store_one(tables[:n], exact[:n], step.lengths[:n], key[:n], value[:n])
-            halves = store.halves(exact[:n], step.lengths_there[:n])
-            view = store.view(tables[:n], exact[:n], halves)
+            store.store_one(step.tables[:n], exact[:n], step.places, key[:n], value[:n])
+            view = store.view(step.tables[:n], exact[:n], store.halves(exact[:n], step.lengths[:n]))
             o, _ = api.attend(query[:n].unsqueeze(2), view, self.codec, self.scale)
             output[:n] = o.squeeze(2).to(output.dtype)
-        for b, start, at in chunks:
-            row = slice(b, b + 1)
-            q, k, v = (x[at].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            if start:
-                view = store.view(tables[row], exact[row], rings[b])
-                o = api.extend(q, k, v, view, self.codec, self.scale)
-            else:
+        for chunk, ring in zip(step.chunks, rings, strict=True):
+            q, k, v = (x[chunk.at].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+            if ring is None:
                 o = causal(q, k, v, self.scale)
-            output[at] = o[0].transpose(0, 1).to(output.dtype)
+            else:
+                row = slice(chunk.row, chunk.row + 1)
+                o = api.extend(q, k, v, store.view(step.tables[row], exact[row], ring), self.codec, self.scale)
+            output[chunk.at] = o[0].transpose(0, 1).to(output.dtype)
         return output
 
-    def _chunks(self, step: StepMetadata) -> list[tuple[int, int, slice]]:
-        """``(sequence, tokens before, where its new tokens are)`` of every chunk."""
-        starts, lengths = step.starts.tolist(), step.lengths.tolist()
-        spans = [(b, starts[b], starts[b + 1]) for b in range(step.num_single, len(starts) - 1)]
-        return [(b, lengths[b] - (stop - first), slice(first, stop)) for b, first, stop in spans if stop > first]
-
-    def _ring(self, store: LayerStore, step: StepMetadata, exact: Tensor, b: int, start: int) -> Halves:
-        before = torch.tensor([start], device=exact.device)
-        return store.halves(exact[b : b + 1], before)
+    def _ring(self, store: LayerStore, exact: Tensor, chunk: Chunk) -> Halves | None:
+        """What a chunk finds of its own sequence's window; None if it is the first one."""
+        if chunk.start == 0:
+            return None
+        before = torch.tensor([chunk.start], device=exact.device)
+        return store.halves(exact[chunk.row : chunk.row + 1], before)

@@ -46,6 +46,34 @@ class Halves:
     tokens: Tensor
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where one new token of each of B sequences goes; the same in every layer.
+
+    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page is full with
+    it, ``pages [m]``: that page. All int64 on one device.
+    """
+
+    column: Tensor
+    at: Tensor
+    due: Tensor
+    pages: Tensor
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device | str = "cpu") -> "Places":
+        """For tokens at position ``lengths - 1``, ``lengths [B]`` on the host."""
+        page, at = (lengths.long() - 1) // PAGE_TOKENS, (lengths.long() - 1) % PAGE_TOKENS
+        column = torch.where(page > 0, 1 + half_of(page), 0).unsqueeze(1)
+        due = ((at == PAGE_TOKENS - 1) & (page > 0)).nonzero().flatten()
+        return cls(*(x.to(device) for x in (column, at, due, page[due])))
+
+
+def page_ids(table: Tensor, pages_per_block: int) -> Tensor:
+    """Rows of the pool of pages 0, 1 ...: block ids ``[B, n]`` to ``[B, n * pages_per_block]``."""
+    steps = torch.arange(pages_per_block, dtype=table.dtype, device=table.device)
+    return (table.unsqueeze(-1) * pages_per_block + steps).flatten(-2)
+
+
 class LayerStore:
     """Views of one layer's cache.
 
@@ -72,13 +100,6 @@ class LayerStore:
         words = heads * codec.page_bytes // 8
         self._weights = (2 * torch.arange(words, dtype=torch.int64, device=pages.device) + 1) * MULTIPLIER
 
-    # -- where things are ----------------------------------------------------------------------------------------------
-
-    def page_ids(self, table: Tensor) -> Tensor:
-        """Rows of the pool of pages 0, 1 ...: block ids ``[B, n]`` to ``[B, n * pages_per_block]``."""
-        n = self.plan.pages_per_block
-        return (table.unsqueeze(-1) * n + torch.arange(n, dtype=table.dtype, device=table.device)).flatten(-2)
-
     def digest(self, page_ids: Tensor) -> Tensor:
         """``sum_i word[i] * weight[i] mod 2^64`` over all heads of each page; ``[...] int64``."""
         words = self.pool[page_ids.long()].flatten(-2).view(torch.int64)
@@ -86,24 +107,18 @@ class LayerStore:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    def store_one(self, tables: Tensor, exact: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the token at position ``lengths - 1`` of each sequence, ``k v [B, G, D]``, and what becomes a page.
+    def store_one(self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor) -> None:
+        """Store one token of each sequence, ``k v [B, G, D]``, and the pages that it fills.
 
-        ``tables [B, num_pages]`` from :meth:`page_ids`, ``exact [B, 3]`` block ids, ``lengths [B]`` on the host.
+        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 3]`` block ids.
         """
-        index, at = (lengths - 1) // PAGE_TOKENS, (lengths - 1) % PAGE_TOKENS
-        column = torch.where(index > 0, 1 + half_of(index), 0).to(exact.device).unsqueeze(1)
-        blocks = exact.long().gather(1, column).squeeze(1)
-        at = at.to(exact.device)
-        self.exact_k[blocks, :, at] = k.to(self.exact_k.dtype)
-        self.exact_v[blocks, :, at] = v.to(self.exact_v.dtype)
-        due = ((lengths % PAGE_TOKENS == 0) & (index > 0)).nonzero().flatten()
-        if len(due):
-            rows = due.to(exact.device)
-            ids = tables[rows, index[due].to(exact.device)]
-            full = blocks[rows]
+        blocks = exact.long().gather(1, places.column).squeeze(1)
+        self.exact_k[blocks, :, places.at] = k.to(self.exact_k.dtype)
+        self.exact_v[blocks, :, places.at] = v.to(self.exact_v.dtype)
+        if len(places.due):
+            ids, full = tables[places.due, places.pages], blocks[places.due]
             self._encode(self.exact_k[full], self.exact_v[full], ids)
-            self._tag(full, index[due].to(exact.device), ids)
+            self._tag(full, places.pages, ids)
 
     def store_many(self, table: Tensor, exact: Tensor, start: int, k: Tensor, v: Tensor, before: Halves | None) -> None:
         """Store tokens ``[start, start + T)`` of one sequence, ``k v [T, G, D]``; pages as they fill.

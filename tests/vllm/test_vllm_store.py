@@ -9,7 +9,7 @@ from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS, RowsSpec
 from homkv.vllm.blocks import BlockPlan
-from homkv.vllm.store import LayerStore
+from homkv.vllm.store import LayerStore, Places, page_ids
 
 HEADS, DIM, ROWS = 2, 64, 4
 SPEC = RowsSpec.parse("balanced")
@@ -36,7 +36,7 @@ class OneSequence:
 
     def __init__(self, store: LayerStore, first: int = 1) -> None:
         self.store = store
-        self.tables = store.page_ids(torch.tensor([[first]], dtype=torch.int32))
+        self.tables = page_ids(torch.tensor([[first]], dtype=torch.int32), PLAN.pages_per_block)
         self.exact = torch.tensor([[first + 1, first + 2, first + 3]], dtype=torch.int32)
         self.length = 0
 
@@ -47,7 +47,7 @@ class OneSequence:
 
     def add_one(self, k: Tensor, v: Tensor) -> None:
         self.length += 1
-        self.store.store_one(self.tables, self.exact, torch.tensor([self.length]), k, v)
+        self.store.store_one(self.tables, self.exact, Places.of(torch.tensor([self.length])), k, v)
 
     def attend(self, q: Tensor) -> Tensor:
         halves = self.store.halves(self.exact, torch.tensor([self.length]))
@@ -170,7 +170,7 @@ def test_sequences_of_unequal_length_step_together() -> None:
         sequence.add(k, v)
     k, v = tokens(2, seed=2)
     tables, exact = (torch.cat([getattr(s, name) for s in sequences]) for name in ("tables", "exact"))
-    store.store_one(tables, exact, torch.tensor(lengths) + 1, k, v)
+    store.store_one(tables, exact, Places.of(torch.tensor(lengths) + 1), k, v)
     view = store.view(tables, exact, store.halves(exact, torch.tensor(lengths) + 1))
     q = torch.randn(2, ROWS, 1, DIM)
     o, _ = api.attend(q, view, store.codec, DIM**-0.5)
