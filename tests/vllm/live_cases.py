@@ -31,11 +31,12 @@ def loaded() -> LoadedModel:
 
 @torch.no_grad()
 def by_transformers(
-    prompts: Sequence[list[int]], answers: Sequence[Sequence[int]]
+    prompts: Sequence[list[int]], answers: Sequence[Sequence[int]], *, apart: bool = False
 ) -> list[tuple[list[int], list[float]]]:
     """Greedy tokens and the answers' logprobs of homkv inside transformers, fed with the answers; float32.
 
-    The same pages as vLLM's: 64 sinks, and exact tokens in float32.
+    The same pages as vLLM's: 64 sinks, and exact tokens in float32. ``apart``: the last prompt token is computed on
+    pages, as decode servers do.
     """
     model = loaded().model
     attachment = attach(model, "balanced", exact_dtype=torch.float32)
@@ -43,8 +44,11 @@ def by_transformers(
     found = []
     with attachment:
         for prompt, answer in zip(prompts, answers, strict=True):
-            out = model(input_ids=torch.tensor([prompt]), use_cache=True)
+            first = prompt[:-1] if apart else prompt
+            out = model(input_ids=torch.tensor([first]), use_cache=True)
             cache, greedy, logprobs = out.past_key_values, [], []
+            if apart:
+                out = model(input_ids=torch.tensor([prompt[-1:]]), past_key_values=cache, use_cache=True)
             for token in answer:
                 scores = torch.log_softmax(out.logits[0, -1].float(), -1)
                 greedy.append(int(scores.argmax()))
