@@ -7,7 +7,8 @@ blocks of pages and from the same pool. The first one is shared through the pref
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +146,12 @@ class ExactTableBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 class ExactBackend(AttentionBackend):  # type: ignore[misc]
     """What vLLM asks about a layer of the second group."""
 
-    @staticmethod
-    def get_name() -> str:
-        """Not a registered backend: no Attention layer uses it."""
-        return "HOMKV_EXACT"
+    plan: ClassVar[BlockPlan]
+
+    @classmethod
+    def get_name(cls) -> str:  # type: ignore[override, unused-ignore]
+        """The name of the attention layers' backend: NIXL's handshake compares that of any one layer."""
+        return cls.plan.name
 
     @staticmethod
     def get_impl_cls() -> Any:
@@ -171,6 +174,12 @@ class ExactBackend(AttentionBackend):  # type: ignore[misc]
         return [MultipleOf(PAGE_TOKENS)]
 
 
+@cache
+def exact_backend(plan: BlockPlan) -> type[ExactBackend]:
+    """The class for the layers that belong to a plan's attention layers."""
+    return type(f"{plan.name}_EXACT", (ExactBackend,), {"plan": plan, "__module__": __name__})
+
+
 class ExactLayer(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     """Owner of one layer's exact blocks."""
 
@@ -182,7 +191,7 @@ class ExactLayer(nn.Module, AttentionLayerBase):  # type: ignore[misc]
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """See :class:`ExactBackend`."""
-        return ExactBackend
+        return exact_backend(self.plan)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactSpec:
         """As many bytes as a block of pages."""

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import pytest
-from live_cases import HEAD_DIM, by_transformers, model_folder, text_tokens
+from live_cases import HEAD_DIM, LAYERS, by_transformers, model_folder, text_tokens
 
 from homkv.spec import RowsSpec
 from homkv.vllm.blocks import BlockPlan
@@ -82,7 +82,8 @@ def compare(prompts: list[list[int]], answers: list[Answer]) -> list[tuple[int, 
 def test_the_backend_is_ours(engine: Engine) -> None:
     config: Any = engine.llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context
-    assert {x.get_attn_backend().get_name() for x in layers.values()} == {PLAN.name, "HOMKV_EXACT"}
+    assert {x.get_attn_backend().get_name() for x in layers.values()} == {PLAN.name}
+    assert len(layers) == 2 * LAYERS
 
 
 def test_text_and_logprobs_are_those_of_the_transformers_path(engine: Engine, ids: list[int]) -> None:
