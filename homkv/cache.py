@@ -276,7 +276,7 @@ class PagedCache(SequenceTable):
     def _attend_chunk(self, layer: int, seq_id: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """T tokens of one sequence, ``q [H, T, D]``: exact triangle, merged with attention over what is stored."""
         if self.num_tokens(seq_id, layer) == 0:
-            o = api.prefill(self.codec, q[None], k[None], v[None], softmax_scale)[0]
+            o = api.prefill(self.codec, q[None], k[None], v[None], softmax_scale, impl=self.impl)[0]
         elif api.computes_quantized_prefill(self.codec):
             raise UnsupportedError(
                 f"expected the whole prompt at once for {self.codec.name}, found a later chunk of it"
