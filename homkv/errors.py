@@ -25,5 +25,9 @@ class TransferError(HomkvError, RuntimeError):
     """Bytes that crossed the wire cannot be trusted or did not arrive. They were not used."""
 
 
+class TraceError(HomkvError, ValueError):
+    """A trace, a record of requests or a table of step times that cannot be used; the message names the line."""
+
+
 class UnsupportedError(HomkvError, NotImplementedError):
     """A combination that homkv does not compute; the message names the alternative."""

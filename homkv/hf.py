@@ -378,7 +378,7 @@ def measure(
     if len(devices) > 1:
         raise UnsupportedError(f"expected a model on one device, found {name} on {', '.join(sorted(devices))}; move it")
     keys, _ = probe_cache(model, name)
-    codec = make_codec(kv_cache_dtype, keys.shape[-1], measure_rope(model, keys).channel_order())
+    codec = make_codec(kv_cache_dtype, keys.shape[-1], measure_rope(model, keys))
     if exact_dtype is None:
         exact_dtype = torch.float16 if model.dtype not in (torch.float16, torch.bfloat16) else model.dtype
     return codec, {

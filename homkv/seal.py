@@ -120,14 +120,14 @@ def append_one(
         window.append(k, v, view, due, codec, status)
         return
     for b in due.nonzero().flatten().tolist():
-        _seal_oldest(codec, view, b, chosen, status)
+        seal_oldest(codec, view, b, chosen, status)
     rows, at = view.slots.long(), view.exact_len.long() - 1
     view.exact_k[rows, :, at] = to_exact(k, view.exact_k.dtype, "keys", status)
     view.exact_v[rows, :, at] = to_exact(v, view.exact_v.dtype, "values", status)
 
 
-def _seal_oldest(codec: PageCodec, view: LayerView, b: int, impl: str, status: Tensor | None) -> None:
-    """The oldest window tokens of one sequence become its newest page, whose counters are already those of after."""
+def seal_oldest(codec: PageCodec, view: LayerView, b: int, impl: str, status: Tensor | None) -> None:
+    """The oldest window tokens of row ``b`` become its newest page; the view's counters are already those of after."""
     slot, pages, start = int(view.slots[b]), int(view.num_pages[b]), codec.num_sinks
     stop, end = start + codec.page_tokens, start + codec.max_window
     k, v = view.exact_k[slot], view.exact_v[slot]

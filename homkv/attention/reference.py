@@ -5,6 +5,7 @@ from torch import Tensor
 
 from homkv.attention.view import LayerView
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
+from homkv.formats.restored import RestoredCodec
 
 
 def merge_partials(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +39,10 @@ def _one_sequence(
 ) -> tuple[Tensor, Tensor]:
     """``q [G, R, D]`` over one sequence: ``o [G, R, D]``, ``lse [G, R]``, in q's dtype."""
     pages, k, v = parts
+    if isinstance(codec, RestoredCodec):  # once for both products
+        restored = codec.dense(pages, q.dtype)
+        k, v = (torch.cat((x, exact.to(q.dtype)), 1) for x, exact in zip(restored, (k, v), strict=True))
+        pages = pages[:, :0]
     n = pages.shape[1]
     exact = q @ k.to(q.dtype).transpose(-1, -2)
     coded = codec.scores(q, pages, rounding, q.dtype) if n else exact[..., :0]

@@ -72,6 +72,7 @@ class ModelShape:
 
 MODELS = {
     "llama-3.1-8b": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 5e5),
+    "llama-3.1-8b-layer": ModelShape(1, 4096, 14336, 32, 8, 128, 128256, 5e5),  # one layer of it: the same kernels
     "tiny": ModelShape(2, 256, 512, 4, 2, 64, 512, 1e4),
 }
 
@@ -231,7 +232,7 @@ def empty_kv(shape: ModelShape, name: str, max_tokens: list[int], device: torch.
 def codec_of(shape: ModelShape, name: str) -> PageCodec:
     """A rows format in the order of the model's RoPE."""
     inv_freq = tuple(shape.rope_theta ** (-2 * p / shape.head_dim) for p in range(shape.head_dim // 2))
-    return make_codec(name, shape.head_dim, RopeSpec(shape.head_dim, shape.head_dim, "half", inv_freq).channel_order())
+    return make_codec(name, shape.head_dim, RopeSpec(shape.head_dim, shape.head_dim, "half", inv_freq))
 
 
 def fill_pages(kv: PagesKV, num_tokens: int) -> None:

@@ -6,10 +6,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from homkv.cli.bench_jct import jct
+from homkv.cli.bench_pd import pd
+from homkv.cli.bench_report import report
 from homkv.errors import UnsupportedError
 from homkv.spec import DEFAULT_FORMAT
 
 app = typer.Typer(help="Measure speed, always beside the best alternative.", no_args_is_help=True)
+app.command()(jct)
+app.command()(pd)
+app.command()(report)
 
 DEVICES = ("auto", "cpu", "cuda")
 CPU, GPU = "On the CPU", "On a GPU"

@@ -65,6 +65,7 @@ def _prefill(settings: "ServeSettings") -> None:
         security,
         source=settings.source,
         chunk_tokens=settings.chunk_tokens,
+        overlap=settings.overlap,
         prefix_bytes=settings.prefix_bytes,
         link_gbps=settings.link_gbps,
     )

@@ -65,7 +65,7 @@ def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int) -> ExactRun:
 
 def store_prefix(loaded: LoadedModel, exact: ExactRun, kv_cache_dtype: str, impl: str | None = None) -> KVCache:
     """Put the exact prefix into a fresh paged cache with room for the rest of ``ids``."""
-    codec = make_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
+    codec = make_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
     batch, total = exact.ids.shape
     paged = PagedCache(
         codec,

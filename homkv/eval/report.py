@@ -57,7 +57,7 @@ def measure(loaded: LoadedModel, options: QualityOptions, begin: Begin) -> list[
     """Run every format on the same exact prefixes. ``begin`` reports progress."""
     total = options.prefix + options.scored
     names = options.formats
-    codecs = {name: make_codec(name, loaded.head_dim, loaded.rope.channel_order()) for name in names}
+    codecs = {name: make_codec(name, loaded.head_dim, loaded.rope) for name in names}
     begin("exact model", 1)
     exact = run_exact(loaded, chunk_ids(loaded, options.chunks, total), options.prefix)
     scores = {}

@@ -1,21 +1,71 @@
 """Stored forms by name: the one place that turns ``--kv-cache-dtype`` into a codec."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from homkv.errors import FormatError
 from homkv.formats.base import EIGHT_BIT, UNROUNDED, PageCodec, Rounding
+from homkv.formats.basis import BasisCodec, BasisTables
+from homkv.formats.cachegen import CachegenCodec, CachegenOptions
+from homkv.formats.decoquant import DecoquantCodec, DecoquantOptions
 from homkv.formats.exact import EXACT_DTYPES, ExactCodec
+from homkv.formats.fp8 import Fp8Codec
 from homkv.formats.hack import HackCodec, HackOptions
 from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
+from homkv.formats.kivi import KiviCodec, KiviOptions
+from homkv.formats.kvquant import KvquantCodec, KvquantOptions
 from homkv.formats.rows import RowsCodec
+from homkv.formats.turbo import TurboCodec, TurboOptions
+from homkv.rope import RopeSpec
 from homkv.spec import PRESETS, RowsSpec
 
 __all__ = ["EIGHT_BIT", "UNROUNDED", "PageCodec", "Rounding", "format_names", "make_codec"]
 
+Switches = Mapping[str, str]
+Channels = RopeSpec | Sequence[int] | None
+
+WITH_OPTIONS: dict[str, Callable[[int, Switches, Channels], PageCodec]] = {
+    "hack": lambda head_dim, options, _: HackCodec(head_dim, HackOptions.parse(options)),
+    "hack-2026": lambda head_dim, options, _: Hack2026Codec(head_dim, Hack2026Options.parse(options)),
+    "kivi": lambda head_dim, options, _: KiviCodec(head_dim, KiviOptions.parse(options)),
+    "kvquant": lambda head_dim, options, rope: KvquantCodec(head_dim, KvquantOptions.parse(options), rotation(rope)),
+    "cachegen": lambda head_dim, options, _: CachegenCodec(head_dim, CachegenOptions.parse(options)),
+    "turbo": lambda head_dim, options, _: TurboCodec(head_dim, TurboOptions.parse(options)),
+    "decoquant": lambda head_dim, options, _: DecoquantCodec(head_dim, DecoquantOptions.parse(options)),
+    "basis": lambda head_dim, options, _: BasisCodec(head_dim, BasisTables.load(basis_path(options))),
+}
+LISTED = (
+    "hack",
+    "hack-2026",
+    "kivi",
+    "kivi:bits=4",
+    "kvquant",
+    "kvquant:bits=3",
+    "cachegen",
+    "cachegen:as=published",
+    "turbo",
+    "turbo:bits=3",
+    "decoquant",
+)
+
+
+def basis_path(options: Switches) -> Path:
+    """Where the tables of ``basis`` are. Raises FormatError."""
+    if set(options) != {"file"}:
+        raise FormatError(f"expected basis:file=PATH, found options {dict(options)}; `homkv basis` makes the file")
+    return Path(options["file"])
+
+
+def rotation(rope: Channels) -> RopeSpec | None:
+    """The RopeSpec, for a format that undoes the rotation. Raises FormatError for a mere order of channels."""
+    if rope is None or isinstance(rope, RopeSpec):
+        return rope
+    raise FormatError("expected a RopeSpec for a format that stores keys before RoPE, found an order of channels")
+
 
 def format_names() -> tuple[str, ...]:
-    """Names that `homkv formats` lists; any ``kABCDvEFGH`` and any ``hack:key=value,...`` works as well."""
-    return (*PRESETS, "hack", "hack-2026", *EXACT_DTYPES)
+    """Names that `homkv formats` lists; any ``kABCDvEFGH`` and any ``name:key=value,...`` works as well."""
+    return (*PRESETS, *LISTED, "fp8", *EXACT_DTYPES)
 
 
 def parse_options(name: str) -> tuple[str, dict[str, str]]:
@@ -30,23 +80,25 @@ def parse_options(name: str) -> tuple[str, dict[str, str]]:
     return base, options
 
 
-def make_codec(name: str, head_dim: int, channel_order: Sequence[int] | None = None) -> PageCodec:
+def make_codec(name: str, head_dim: int, rope: Channels = None) -> PageCodec:
     """Bind a format to a head.
 
-    ``name``: a preset (``balanced``), ``kABCDvEFGH``, ``hack[:options]``, ``hack-2026[:options]``, ``fp16``, ``bf16``.
-    ``channel_order``: slot -> channel from RopeSpec.channel_order(); None keeps the natural order.
-    Raises FormatError for an unknown name, UnsupportedError for a head_dim the format does not cover.
+    ``name``: a preset (``balanced``), ``kABCDvEFGH``, a name of `homkv formats`, with ``:options`` where it has some.
+    ``rope``: how the model rotates its keys, or only the order of channels (slot -> channel) that follows from it;
+    None: not at all. Raises FormatError for an unknown name, or for a format that undoes the rotation and is given an
+    order; UnsupportedError for a head_dim the format does not cover.
     """
     base, options = parse_options(name)
-    if base == "hack":
-        return HackCodec(head_dim, HackOptions.parse(options))
-    if base == "hack-2026":
-        return Hack2026Codec(head_dim, Hack2026Options.parse(options))
+    if base in WITH_OPTIONS:
+        return WITH_OPTIONS[base](head_dim, options, rope)
     if options:
-        raise FormatError(f"expected no options for {base!r}, found {options}; only hack and hack-2026 have switches")
+        raise FormatError(f"expected no options for {base!r}, found {options}; {', '.join(WITH_OPTIONS)} have some")
     if base in EXACT_DTYPES:
         return ExactCodec(head_dim, base)
+    if base == "fp8":
+        return Fp8Codec(head_dim)
     if base not in PRESETS and not base.startswith("k"):
         known = ", ".join(format_names())
         raise FormatError(f"expected one of {known} or kABCDvEFGH, found {name!r}; see `homkv formats`")
-    return RowsCodec(head_dim, RowsSpec.parse(base), channel_order)
+    order = rope.channel_order() if isinstance(rope, RopeSpec) else rope
+    return RowsCodec(head_dim, RowsSpec.parse(base), order)

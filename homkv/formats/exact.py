@@ -3,19 +3,20 @@
 import torch
 from torch import Tensor
 
-from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
+from homkv.formats.restored import RestoredCodec
 from homkv.quant import require_finite
 from homkv.spec import PAGE_TOKENS
 
 EXACT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class ExactCodec(PageCodec):
+class ExactCodec(RestoredCodec):
     """A page is 64 keys then 64 values, ``[2][64][D]`` in fp16 or bf16, little endian."""
 
     page_tokens = PAGE_TOKENS
     num_sinks = 0
     min_window = 0
+    restored_on_arrival = True
 
     def __init__(self, head_dim: int, name: str) -> None:
         super().__init__(head_dim)
@@ -37,15 +38,3 @@ class ExactCodec(PageCodec):
         halves = pages.contiguous().view(self.dtype)
         both = torch.unflatten(halves, -1, (2, PAGE_TOKENS, self.head_dim)).to(dtype)
         return both[..., 0, :, :].flatten(-3, -2), both[..., 1, :, :].flatten(-3, -2)
-
-    def scores(
-        self, q: Tensor, pages: Tensor, rounding: Rounding = EIGHT_BIT, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """``q . k``; there is nothing to round."""
-        return q.to(dtype) @ self.dense(pages, dtype)[0].transpose(-1, -2)
-
-    def weigh(
-        self, p: Tensor, pages: Tensor, rounding: Rounding = EIGHT_BIT, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """``sum_t p[t] v[t]``; there is nothing to round."""
-        return p.to(dtype) @ self.dense(pages, dtype)[1]

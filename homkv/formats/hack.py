@@ -3,17 +3,14 @@
 Bytes, algebra and what is our reading of the paper: docs/hack.md.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from homkv.errors import FormatError, UnsupportedError
+from homkv.errors import UnsupportedError
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
 from homkv.formats.minmax import (
-    MASK32,
     Operand,
     cut,
     homomorphic_product,
@@ -22,76 +19,19 @@ from homkv.formats.minmax import (
     uniform_noise,
     unrounded,
 )
+from homkv.formats.options import FLAG, Options, Switch, numbers
 from homkv.formats.record import PageRecord, Section, codes, sums
 
 CHANNEL_ALIGN = 16  # channels: the step of the integer matmul instructions that these pages are laid out for
 KEY_STREAM, VALUE_STREAM, WINDOW_STREAM = 0, 1, 2  # of the rounding noise; WINDOW_STREAM + the window's length
 
 
-@dataclass(frozen=True)
-class Switch:
-    """One ``key=value`` of a format's name. ``choices``: spelling -> value, or None for an integer below 2^32."""
-
-    key: str
-    field: str
-    choices: Mapping[str, Any] | None
-
-    def read(self, text: str) -> Any:
-        """Value of one spelling. Raises FormatError."""
-        if self.choices is not None and text in self.choices:
-            return self.choices[text]
-        if self.choices is None and text.isascii() and text.isdigit() and int(text) <= MASK32:
-            return int(text)
-        raise FormatError(f"expected {self.key}={self.expected()}, found {self.key}={text}; see docs/hack.md")
-
-    def spell(self, value: Any) -> str:
-        """Spelling of one value. Raises FormatError if the switch has no such value."""
-        if self.choices is None and isinstance(value, int) and 0 <= value <= MASK32:
-            return str(value)
-        for text, choice in (self.choices or {}).items():
-            if type(choice) is type(value) and choice == value:
-                return text
-        raise FormatError(f"expected {self.field} for {self.key}={self.expected()}, found {value!r}; see docs/hack.md")
-
-    def expected(self) -> str:
-        """The spellings, for messages."""
-        return "|".join(self.choices) if self.choices is not None else f"0..{MASK32}"
-
-
-FLAG = {"0": False, "1": True}
-GROUP_SIZES = {"32": 32, "64": 64, "128": 128}
-BITS = {"2": 2, "4": 4, "8": 8}
-SWITCHES = (
-    Switch("pi", "group_size", GROUP_SIZES),
-    Switch("bits", "bits", BITS),
-    Switch("rounding", "rounding", {"stochastic": "stochastic", "nearest": "nearest"}),
-    Switch("seed", "seed", None),
-    Switch("se", "summation_elimination", FLAG),
-    Switch("rqe", "requantization_elimination", FLAG),
-    Switch("prefill", "prefill", {"exact": "exact", "int8": "int8"}),
-)
-
-
-def parse_switches(base: str, switches: Sequence[Switch], options: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of an options dataclass from the ``key=value`` pairs of a name. Raises FormatError."""
-    known = {switch.key: switch for switch in switches}
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        example = f"{base}:{switches[0].key}={switches[0].expected().split('|')[0]}"
-        keys = ", ".join(known)
-        raise FormatError(f"expected options of {base} among {keys}, found {unknown}; for example {example}")
-    return {known[key].field: known[key].read(text) for key, text in options.items()}
-
-
-def canonical_name(base: str, switches: Sequence[Switch], options: object, default: object) -> str:
-    """``base`` or ``base:key=value,...`` with the switches that differ from ``default``, in the order of the table."""
-    values = [(s, getattr(options, s.field)) for s in switches]
-    shown = [f"{s.key}={s.spell(value)}" for s, value in values if value != getattr(default, s.field)]
-    return base + (":" + ",".join(shown) if shown else "")
+GROUP_SIZES = numbers(32, 64, 128)
+BITS = numbers(2, 4, 8)
 
 
 @dataclass(frozen=True)
-class HackOptions:
+class HackOptions(Options):
     """Switches of ``hack``; names as ``hack:pi=32,bits=4,rounding=nearest,seed=7,se=0,rqe=0,prefill=int8``.
 
     ``group_size``: the paper's Pi, 32, 64 or 128. ``bits`` of K and V codes: 2, 4 or 8. ``rounding``: "stochastic" with
@@ -100,6 +40,17 @@ class HackOptions:
     Raises FormatError for any other value.
     """
 
+    base = "hack"
+    switches = (
+        Switch("pi", "group_size", GROUP_SIZES),
+        Switch("bits", "bits", BITS),
+        Switch("rounding", "rounding", {"stochastic": "stochastic", "nearest": "nearest"}),
+        Switch("seed", "seed", None),
+        Switch("se", "summation_elimination", FLAG),
+        Switch("rqe", "requantization_elimination", FLAG),
+        Switch("prefill", "prefill", {"exact": "exact", "int8": "int8"}),
+    )
+
     group_size: int = 64
     bits: int = 2
     rounding: str = "stochastic"
@@ -107,20 +58,6 @@ class HackOptions:
     summation_elimination: bool = True
     requantization_elimination: bool = True
     prefill: str = "exact"
-
-    def __post_init__(self) -> None:
-        for switch in SWITCHES:
-            switch.spell(getattr(self, switch.field))
-
-    @classmethod
-    def parse(cls, options: Mapping[str, str]) -> "HackOptions":
-        """Read the ``key=value`` pairs of a name. Raises FormatError for an unknown key or value."""
-        return cls(**parse_switches("hack", SWITCHES, options))
-
-    @property
-    def name(self) -> str:
-        """Canonical name: only what differs from the defaults."""
-        return canonical_name("hack", SWITCHES, self, HackOptions())
 
 
 class HackCodec(PageCodec):

@@ -3,7 +3,6 @@
 Source: github.com/Zeyu-ZEYU/HACK (artifact of the ATC '26 paper). Bytes and differences: docs/hack.md.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,42 +10,30 @@ from torch import Tensor
 
 from homkv.errors import UnsupportedError
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
-from homkv.formats.hack import BITS, CHANNEL_ALIGN, FLAG, GROUP_SIZES, Switch, canonical_name, parse_switches
+from homkv.formats.hack import BITS, CHANNEL_ALIGN, GROUP_SIZES
 from homkv.formats.minmax import cut, homomorphic_product, quantize, quantize_eight_bit, unrounded, without_scale
+from homkv.formats.options import FLAG, Options, Switch
 from homkv.formats.record import PageRecord, Section, codes, sums
-
-SWITCHES = (
-    Switch("pi", "group_size", GROUP_SIZES),
-    Switch("bits", "bits", BITS),
-    Switch("se", "summation_elimination", FLAG),
-)
 
 
 @dataclass(frozen=True)
-class Hack2026Options:
+class Hack2026Options(Options):
     """Switches of ``hack-2026``; names as ``hack-2026:pi=128,bits=4,se=0``.
 
     ``group_size``: the paper's Pi, 32, 64 or 128. ``bits`` of K and V codes: 2, 4 or 8. ``summation_elimination``:
     store the sums of codes. Raises FormatError for any other value.
     """
 
+    base = "hack-2026"
+    switches = (
+        Switch("pi", "group_size", GROUP_SIZES),
+        Switch("bits", "bits", BITS),
+        Switch("se", "summation_elimination", FLAG),
+    )
+
     group_size: int = 64
     bits: int = 2
     summation_elimination: bool = True
-
-    def __post_init__(self) -> None:
-        for switch in SWITCHES:
-            switch.spell(getattr(self, switch.field))
-
-    @classmethod
-    def parse(cls, options: Mapping[str, str]) -> "Hack2026Options":
-        """Read the ``key=value`` pairs of a name. Raises FormatError for an unknown key or value."""
-        return cls(**parse_switches("hack-2026", SWITCHES, options))
-
-    @property
-    def name(self) -> str:
-        """Canonical name: only what differs from the defaults."""
-        return canonical_name("hack-2026", SWITCHES, self, Hack2026Options())
 
 
 def channel_partition(head_dim: int, group_size: int) -> int:

@@ -26,6 +26,11 @@ def cut(x: Tensor, dim: int, size: int) -> Tensor:
     return torch.unflatten(x, dim, (-1, size))
 
 
+def affine(code: Tensor, scale: Tensor, minimum: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale * code + minimum``: ``code [..., size]``, ``scale minimum [...]``."""
+    return code.to(dtype) * scale.to(dtype).unsqueeze(-1) + minimum.to(dtype).unsqueeze(-1)
+
+
 @dataclass(frozen=True)
 class Operand:
     """One side of a product: ``x[r, p, i] ~ scale[r, p] * code[r, p, i] + minimum[r, p]``.
@@ -53,7 +58,7 @@ class Operand:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The values that the codes stand for, ``[..., R, parts, size]``."""
-        return self.code.to(dtype) * self.scale.to(dtype).unsqueeze(-1) + self.minimum.to(dtype).unsqueeze(-1)
+        return affine(self.code, self.scale, self.minimum, dtype)
 
 
 def homomorphic_product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:

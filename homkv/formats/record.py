@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Section:
-    """One field of a page. ``bits`` of a code (2, 4, 8), or None for plain little-endian numbers of ``dtype``."""
+    """One field of a page. ``bits`` of a code (1 to 4, 8), or None for plain little-endian numbers of ``dtype``."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,9 +52,8 @@ class PageRecord:
         """Pages ``[..., P] uint8`` from one tensor ``[..., *shape]`` per section; other names are ignored."""
         parts = []
         for section in self.sections:
-            x = fields[section.name].to(section.dtype)
-            x = x if section.bits is None else pack(x, section.bits)
-            parts.append(x.contiguous().view(torch.uint8).flatten(-len(section.shape)))
+            x = fields[section.name].to(section.dtype).flatten(-len(section.shape))
+            parts.append(x.contiguous().view(torch.uint8) if section.bits is None else pack(x, section.bits))
         return torch.cat(parts, -1)
 
     def read(self, pages: Tensor, name: str) -> Tensor:
@@ -69,13 +68,21 @@ class PageRecord:
 
 
 def pack(code: Tensor, bits: int) -> Tensor:
-    """``[..., n] uint8`` codes to ``[..., n * bits / 8]`` bytes; the first of each byte lies in its lowest bits."""
+    """``[..., n] uint8`` codes to ``[..., n * bits / 8]`` bytes; the first of each byte lies in its lowest bits.
+
+    Codes of 3 bits are two runs of bytes: their lower two bits, then their highest bit.
+    """
+    if bits == 3:
+        return torch.cat((pack(code & 3, 2), pack(code >> 2, 1)), -1)
     fields = torch.unflatten(code, -1, (-1, 8 // bits)) << _shifts(bits, code.device)
     return fields.sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`pack`."""
+    if bits == 3:
+        lower, highest = packed.tensor_split([packed.shape[-1] // 3 * 2], -1)
+        return unpack(lower, 2) | (unpack(highest, 1) << 2)
     return ((packed.unsqueeze(-1) >> _shifts(bits, packed.device)) & ((1 << bits) - 1)).flatten(-2)
 
 

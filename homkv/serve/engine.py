@@ -13,6 +13,7 @@ from homkv.formats import PageCodec, make_codec
 from homkv.hf import KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
+from homkv.rope import RopeSpec
 from homkv.seal import LayerContent
 from homkv.serve.convert import EXACT_DTYPE
 from homkv.serve.prefix import PrefixIndex
@@ -54,6 +55,7 @@ def plan_sequence(
         num_pages=codec.num_pages(num_tokens),
         num_exact=codec.num_exact(num_tokens),
         first_page=first_page,
+        coder=codec.coder,
     )
 
 
@@ -205,12 +207,15 @@ class PagedEngine(Engine):
             raise HomkvError(f"expected kept pages as they were stored, found blocks {sorted(damaged)} changed")
 
 
-def serving_codec(kv_cache_dtype: str, head_dim: int, channel_order: Sequence[int] | None = None) -> PageCodec:
+def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = None) -> PageCodec:
     """Bind a format to a head, as ``make_codec`` does, if prefill and decode instances can serve it.
 
-    Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered.
+    Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered, and for an entropy
+    coder that is not installed.
     """
-    codec = make_codec(kv_cache_dtype, head_dim, channel_order)
+    codec = make_codec(kv_cache_dtype, head_dim, rope)
+    if codec.coder is not None:
+        codec.coder.require()
     if computes_quantized_prefill(codec):
         raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
     return codec

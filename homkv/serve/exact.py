@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from homkv.blocks import BlockPool
 from homkv.errors import CapacityError, HomkvError
-from homkv.formats.exact import ExactCodec
+from homkv.formats import PageCodec
 from homkv.hf import AttendingCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
@@ -49,9 +49,9 @@ class ExactBatch(AttendingCache):
 
 
 class ExactEngine(Engine):
-    """KV arrives in 16 bits and is attended to in the model's dtype. Shares no prefixes."""
+    """KV is held in 16 bits, however it arrived, and attended to in the model's dtype. Shares no prefixes."""
 
-    def __init__(self, loaded: LoadedModel, codec: ExactCodec, max_tokens: int, max_sequences: int) -> None:
+    def __init__(self, loaded: LoadedModel, codec: PageCodec, max_tokens: int, max_sequences: int) -> None:
         super().__init__(loaded, codec)
         self._max_sequences = max_sequences
         self.num_blocks = codec.num_pages(max_tokens) + 1
@@ -117,7 +117,7 @@ class ExactEngine(Engine):
 
 def make_engine(loaded: LoadedModel, kv_cache_dtype: str, max_tokens: int, max_sequences: int) -> Engine:
     """Build the engine of a format. Raises FormatError, or UnsupportedError for a head_dim not covered."""
-    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
-    if isinstance(codec, ExactCodec):
+    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
+    if codec.restored_on_arrival:
         return ExactEngine(loaded, codec, max_tokens, max_sequences)
     return PagedEngine(loaded, codec, max_tokens, max_sequences)

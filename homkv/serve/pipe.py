@@ -21,15 +21,19 @@ class LayerPipe:
     """One prompt's way out. Owns the sender: closes it first.
 
     ``source``: the format in which the prompt is kept here; ``target``: the one on the wire, whose first
-    ``first_page`` pages the receiver has; ``kept``: pages that were restored instead of computed.
+    ``first_page`` pages the receiver has; ``kept``: pages that were restored instead of computed. ``overlap``: a layer
+    leaves while the next ones are computed; else all wait for the last.
     """
 
     source: PageCodec
     target: PageCodec
+    num_layers: int
     sender: FrameSender
     first_page: int = 0
     kept: Sequence[KeptPage] = ()
     probe_layer: int | None = None  # whose reconstruction error is measured
+    overlap: bool = True
+    _held: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="pack"))
     _jobs: "list[Future[tuple[LayerContent, LayerContent]]]" = field(default_factory=list)
     _last: Finish | None = None
@@ -41,12 +45,15 @@ class LayerPipe:
     def put(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Pack and send one layer ``k v [G, T, D]``; returns at once. Raises what an earlier layer failed with."""
         self._raise_early()
-        self._jobs.append(self._worker.submit(self._pack, layer, k, v))
+        if self.overlap:
+            self._jobs.append(self._worker.submit(self._pack, layer, k, v))
+        else:
+            self._held.append((layer, k, v))
 
     def _pack(self, layer: int, k: Tensor, v: Tensor) -> tuple[LayerContent, LayerContent]:
         start_s = time.monotonic()
         ours = self._in_source(layer, k, v)
-        theirs = convert(ours, self.source, self.target, self.first_page)
+        theirs = convert(ours, self.source, self.target.at_layer(layer, self.num_layers), self.first_page)
         exact = theirs.exact_k.contiguous(), theirs.exact_v.contiguous()
         theirs = LayerContent(theirs.num_tokens, theirs.pages.contiguous(), *exact)
         self.packed_s = time.monotonic()
@@ -72,6 +79,8 @@ class LayerPipe:
     def finish(self, last: Finish) -> None:
         """Every layer was put: send ``last`` behind them. Then call :meth:`poll` until it returns the times."""
         self._last = last
+        self._jobs += [self._worker.submit(self._pack, *layer) for layer in self._held]
+        self._held.clear()
 
     def poll(self) -> tuple[FrameTiming, ...] | None:
         """The frames' times if every layer was packed, sent and used; None if not yet. Raises what went wrong."""

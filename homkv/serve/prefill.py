@@ -50,7 +50,7 @@ class PrefillInstance:
     """Computes prompts and sends their KV to the decode instances that the requests name.
 
     ``source``: format in which prompts are kept here and from which the wire's format is made. ``chunk_tokens``: of one
-    turn. ``prefix_bytes``: for pages of finished prompts.
+    turn. ``prefix_bytes``: for pages of finished prompts. ``overlap``: layers travel while the next ones are computed.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class PrefillInstance:
         source: str = "fp16",
         chunk_tokens: int = 512,
         prefix_bytes: int = 256 << 20,
+        overlap: bool = True,
         link_gbps: float | None = None,
         options: LinkOptions = SERVING,
     ) -> None:
@@ -73,7 +74,7 @@ class PrefillInstance:
         self.listener = Listener(endpoint, ToPrefill, security, options)
         self.status = StatusBoard("prefill", loaded.fingerprint, [self.source.name])
         self.is_draining = False
-        self._shaper = LinkShaper(link_gbps)
+        self._shaper, self._overlap = LinkShaper(link_gbps), overlap
         self._turns: Turns[PromptJob] = Turns()
         self._sending: list[PromptJob] = []
         self._closer = ThreadPoolExecutor(4, thread_name_prefix="close")  # closing may wait for a dead peer
@@ -201,7 +202,7 @@ class PrefillInstance:
 
     def _codec(self, name: str) -> PageCodec:
         if name not in self._codecs:
-            self._codecs[name] = serving_codec(name, self.loaded.head_dim, self.loaded.rope.channel_order())
+            self._codecs[name] = serving_codec(name, self.loaded.head_dim, self.loaded.rope)
         return self._codecs[name]
 
     # -- computing ---------------------------------------------------------------------------------------------
@@ -259,7 +260,16 @@ class PrefillInstance:
         self._num_begun += 1
         probed = self._num_begun % PROBE_EVERY == 1
         middle = self.loaded.num_layers // 2
-        return LayerPipe(self.source, target, sender, ask.first_page, job.kept, middle if probed else None)
+        return LayerPipe(
+            self.source,
+            target,
+            self.loaded.num_layers,
+            sender,
+            ask.first_page,
+            job.kept,
+            middle if probed else None,
+            self._overlap,
+        )
 
     # -- sending -----------------------------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ class ServeSettings(BaseSettings):
     lease_s: Seconds = Field(30.0, description="room for which no sign of life comes for so long is freed")
     max_lease_s: Seconds = Field(600.0, description="room whose KV is not complete by then is freed")
     chunk_tokens: Positive = Field(512, description="tokens of a prompt that are computed in one turn")
+    overlap: bool = Field(True, description="layers travel while the next ones are computed")
     prefix_bytes: int = Field(256 << 20, ge=0, description="memory of a prefill instance for prefixes")
     link_gbps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="send as slowly as a link of so many Gb/s"

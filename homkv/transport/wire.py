@@ -66,6 +66,7 @@ class FrameHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
     first_page: Count
     num_pages: Count  # in this part
     num_exact: Count  # exact tokens (sinks, then window) in this part
+    coded_bytes: Count  # of the pages, packed by the format's coder; 0: sent as they are
     digest: Digest = bytes(DIGEST_BYTES)  # last, so that it is the header's last 16 bytes
 
     @property
@@ -76,7 +77,7 @@ class FrameHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
     @property
     def payload_bytes(self) -> int:
         """Bytes of the payload: ``exact K | exact V | pages``."""
-        return self.exact_bytes + self.num_pages * self.num_kv_heads * self.page_bytes
+        return self.exact_bytes + (self.coded_bytes or self.num_pages * self.num_kv_heads * self.page_bytes)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ def test_numbers_are_the_codecs_own(head_dim: int) -> None:
         codec = make_codec(name, head_dim)
         assert row["page_bytes"] == codec.page_bytes
         assert row["bits_per_element"] == codec.bits_per_element(1000)
+        assert row["sent_bits_per_element"] == 8 * codec.wire_bytes(1000) / (2 * head_dim * 1000)
+        assert row["is_packed"] == (codec.coder is not None)
         assert row["ratio_to_fp16"] * 16 == pytest.approx(row["bits_per_element"])
 
 
@@ -50,3 +52,14 @@ def test_the_table_is_readable() -> None:
 def test_no_context_is_refused() -> None:
     result = CliRunner().invoke(app, ["formats", "--context", "0"])
     assert isinstance(result.exception, ShapeError)
+
+
+def test_formats_that_do_not_cover_a_head_dim_are_named_with_the_reason() -> None:
+    result = CliRunner().invoke(app, ["formats", "--head-dim", "80", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output)
+    assert "found 80" in report["unsupported"]["kivi"]
+    assert {row["name"] for row in report["formats"]} == set(format_names()) - set(report["unsupported"])
+    shown = CliRunner().invoke(app, ["formats", "--head-dim", "80"]).output
+    assert "Not for head_dim 80" in shown
+    assert "balanced" in shown

@@ -255,7 +255,7 @@ class RawRequest:
     ):
         self.pair, self.request_id = pair, request_id
         loaded = pair.prefiller.loaded
-        self.codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope.channel_order())
+        self.codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
         self.peer = pair.peer()
         self.peer.send(Reserve(request_id, kv_cache_dtype, ids or prompt(num_tokens, seed=next(_seeds)), 4))
         ticket = self.peer.recv(PATIENCE_S)

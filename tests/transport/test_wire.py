@@ -49,7 +49,7 @@ def test_frame_is_the_documented_bytes() -> None:
     assert len(frame) == 16 + header_bytes + payload_bytes
     fields = msgspec.msgpack.decode(frame[16 : 16 + header_bytes])
     assert fields[:-1] == [
-        "kv", "balanced", "fp16", "rows-1", "ab" * 16, 3, 2, 8, 192, "float16", "r1", 7, 65, 0, 0, 1, 0, 1, 1
+        "kv", "balanced", "fp16", "rows-1", "ab" * 16, 3, 2, 8, 192, "float16", "r1", 7, 65, 0, 0, 1, 0, 1, 1, 0
     ]  # fmt: skip
     assert frame[16 + header_bytes - 16 : 16 + header_bytes] == fields[-1]
 

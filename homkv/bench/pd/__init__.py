@@ -1,0 +1,7 @@
+"""Prefill and decode on devices of their own, measured: requests in, job completion times out.
+
+Read in this order: ``workload`` (who asks for what, when), ``messages`` (what coordinator and workers say), ``forms``
+(how a format's KV leaves a prompt and crosses), ``slots`` (where it lies while it decodes), ``batch`` (continuous
+batching), ``sockets`` and ``direct`` (two ways to move bytes), ``prefill`` ``decode`` ``worker`` (the processes),
+``pool`` (start and stop them), ``run`` (cells, budget, record), ``report`` (the table).
+"""

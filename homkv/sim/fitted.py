@@ -1,0 +1,117 @@
+"""Step times of a real machine, fitted to the microbenchmarks in its own record: never to its job completion times."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from homkv.errors import TraceError
+from homkv.sim.record import Run, Stage, StepSample
+
+Basis = Callable[[StepSample], Sequence[float]]
+POLYNOMIAL: Basis = lambda s: (1.0, s.tokens, s.tokens**2)  # noqa: E731
+LINEAR: Basis = lambda s: (1.0, s.tokens)  # noqa: E731
+DECODE: Basis = lambda s: (1.0, s.batch, s.batch * s.tokens)  # noqa: E731
+
+
+@dataclass(frozen=True)
+class FittedCosts:
+    """`homkv.sim.costs.Costs` of one run.
+
+        prefill_s = a0 + a1 n + a2 n^2       pack_s, unpack_s = b0 + b1 n       step = c0 + c1 B + c2 B context
+
+    Bytes are those of the record's requests, by number of tokens.
+    """
+
+    num_layers: int
+    prefill: tuple[float, ...]
+    pack: tuple[float, ...]
+    unpack: tuple[float, ...]
+    decode: tuple[float, ...]
+    wire: Mapping[int, int]
+    kv: Mapping[int, int]
+    stages: int = 1
+    dequantize_per_token_s: float = 0.0  # not told apart in a real step
+    dequantize_step_s: float = 0.0
+
+    def prefill_s(self, tokens: int, cached_tokens: int) -> float:
+        """See the class. A record has no prefix cache, so ``cached_tokens`` is 0."""
+        a0, a1, a2 = self.prefill
+        return a0 + a1 * tokens + a2 * tokens**2
+
+    def pack_s(self, tokens: int) -> float:
+        """See the class."""
+        return self.pack[0] + self.pack[1] * tokens
+
+    def unpack_s(self, tokens: int) -> float:
+        """See the class."""
+        return self.unpack[0] + self.unpack[1] * tokens
+
+    def step_s(self, batch: int) -> float:
+        """See the class."""
+        return self.decode[0] + self.decode[1] * batch
+
+    @property
+    def per_token_s(self) -> float:
+        """See the class."""
+        return self.decode[2]
+
+    def wire_bytes(self, tokens: int) -> int:
+        """Bytes of the record's prompts of this length."""
+        return self.wire[tokens]
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the record's sequences of this length."""
+        return self.kv[tokens]
+
+
+def fit(run: Run) -> FittedCosts:
+    """Fit a run's step samples. Raises TraceError, naming the stage, if prefill or decode were not measured."""
+    stages = {stage: [s for s in run.steps if s.stage == stage] for stage in get_args(Stage)}
+    for stage in ("prefill", "decode"):
+        if not stages[stage]:
+            raise TraceError(
+                f"run {run.info.run_id!r}: expected step lines of {stage}, found none; "
+                "write records with `homkv bench jct`, which measures them"
+            )
+    return FittedCosts(
+        num_layers=run.info.num_layers,
+        prefill=non_negative_fit(stages["prefill"], POLYNOMIAL),
+        pack=non_negative_fit(stages["pack"], LINEAR),
+        unpack=non_negative_fit(stages["unpack"], LINEAR),
+        decode=non_negative_fit(stages["decode"], DECODE),
+        wire={r.prompt_tokens: r.wire_bytes for r in run.requests},
+        kv={r.prompt_tokens + r.output_tokens: r.kv_bytes for r in run.requests},
+    )
+
+
+def handoff_s(run: Run) -> float:
+    """Mean of a run's handoff samples; 0 without any."""
+    samples = [s.seconds for s in run.steps if s.stage == "handoff"]
+    return sum(samples) / len(samples) if samples else 0.0
+
+
+def non_negative_fit(samples: Sequence[StepSample], basis: Basis) -> tuple[float, ...]:
+    """Coefficients of ``basis`` of least squared relative error, none negative; all zero without samples.
+
+    Terms that the samples cannot tell apart, or that would come out negative, are left out, the constant first.
+    """
+    width = len(basis(StepSample(run_id="", stage="pack", batch=1, tokens=1, seconds=0.0)))
+    out = np.zeros(width)
+    if not samples:
+        return tuple(out)
+    seconds = np.maximum([s.seconds for s in samples], 1e-9)
+    rows = np.array([basis(s) for s in samples], dtype=np.float64) / seconds[:, None]
+    terms = list(range(width))
+    while terms:
+        chosen = rows[:, terms]
+        if np.linalg.matrix_rank(chosen / np.abs(chosen).max(0).clip(1e-300), tol=1e-6) < len(terms):
+            del terms[0]
+            continue
+        solved, *_ = np.linalg.lstsq(chosen, np.ones(len(samples)), rcond=None)
+        if solved.min() >= 0:
+            out[terms] = solved
+            break
+        terms.remove(terms[int(solved.argmin())])
+    return tuple(float(x) for x in out)

@@ -1,0 +1,121 @@
+"""Simulated against real: the requests of a record, run through the simulator with step times of the same machine."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from homkv.errors import TraceError
+from homkv.sim.costs import Costs
+from homkv.sim.engine import System, simulate
+from homkv.sim.fitted import fit, handoff_s
+from homkv.sim.formats import make_format
+from homkv.sim.hardware import find_gpu, find_model
+from homkv.sim.record import PHASES, Run, read_record
+from homkv.sim.roofline import RooflineCosts
+from homkv.sim.trace import Request
+
+MAX_MEAN_ERROR, MAX_P99_ERROR = 0.10, 0.20  # what a validated model may miss
+MIN_REQUESTS = 2
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One run, measured and simulated. Errors: ``simulated / measured - 1``. ``pairs``: JCT of every request."""
+
+    run_id: str
+    kv_cache_dtype: str
+    link_gbps: float | None
+    requests: int
+    measured_jct_s: float
+    simulated_jct_s: float
+    measured_p99_s: float
+    simulated_p99_s: float
+    measured_phases_s: dict[str, float]
+    simulated_phases_s: dict[str, float]
+    pairs: list[tuple[float, float]]
+
+    @property
+    def mean_error(self) -> float:
+        """Of the mean JCT."""
+        return self.simulated_jct_s / self.measured_jct_s - 1
+
+    @property
+    def p99_error(self) -> float:
+        """Of the 99th percentile of JCT."""
+        return self.simulated_p99_s / self.measured_p99_s - 1
+
+    @property
+    def holds(self) -> bool:
+        """Mean within 10 % and P99 within 20 %."""
+        return abs(self.mean_error) <= MAX_MEAN_ERROR and abs(self.p99_error) <= MAX_P99_ERROR
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        errors = {"mean_error": self.mean_error, "p99_error": self.p99_error, "holds": self.holds}
+        return {"kind": "sim-validation", **asdict(self), **errors}
+
+
+CostsOf = Callable[[Run], Costs]
+
+
+def validate(path: Path, costs_of: CostsOf = fit) -> list[Validation]:
+    """Every run of a record. ``costs_of``: step times, by default fitted to each run's own step lines.
+
+    Raises TraceError for a record that cannot be used.
+    """
+    return [validate_run(run, costs_of) for run in read_record(path).values()]
+
+
+def tables(gpu: str, model: str) -> CostsOf:
+    """Step times and bytes from homkv.sim's tables instead: a prediction that knows nothing of the run.
+
+    Raises UnsupportedError for an unknown GPU or model, FormatError for a format without a model.
+    """
+    machine, shape = find_gpu(gpu), find_model(model)
+    return lambda run: RooflineCosts(shape, make_format(run.info.kv_cache_dtype, shape.head_dim), machine, machine)
+
+
+def validate_run(run: Run, costs_of: CostsOf = fit) -> Validation:
+    """Simulate one run's requests at their recorded arrivals."""
+    if len(run.requests) < MIN_REQUESTS:
+        raise TraceError(f"run {run.info.run_id!r}: expected at least two requests, found {len(run.requests)}")
+    real = sorted(run.requests, key=lambda r: r.arrival_s)
+    requests = [Request(r.request_id, r.arrival_s, r.prompt_tokens, r.output_tokens) for r in real]
+    tally = simulate(system_of(run, costs_of(run)), requests).tally
+    simulated = dict(zip(tally.ids, tally.column("jct_s").tolist(), strict=True))
+    pairs = [(r.jct_s, simulated[r.request_id]) for r in real]
+    measured_jct, simulated_jct = (np.array(values) for values in zip(*pairs, strict=True))
+    return Validation(
+        run_id=run.info.run_id,
+        kv_cache_dtype=run.info.kv_cache_dtype,
+        link_gbps=run.info.link_gbps,
+        requests=len(real),
+        measured_jct_s=float(measured_jct.mean()),
+        simulated_jct_s=float(simulated_jct.mean()),
+        measured_p99_s=float(np.percentile(measured_jct, 99)),
+        simulated_p99_s=float(np.percentile(simulated_jct, 99)),
+        measured_phases_s={name: float(np.mean([getattr(r, name) for r in real])) for name in PHASES},
+        simulated_phases_s={name: float(tally.column(name).mean()) for name in PHASES},
+        pairs=pairs,
+    )
+
+
+def system_of(run: Run, costs: Costs) -> System:
+    """The system that a record describes. What a request takes with all else idle (handoff) adds to the latency."""
+    info = run.info
+    return System(
+        costs=costs,
+        num_prefill=info.num_prefill,
+        num_decode=info.num_decode,
+        egress_gbps=info.link_gbps,
+        ingress_gbps=info.link_gbps,
+        latency_s=info.link_latency_s + handoff_s(run),
+        overlap=info.overlap,
+        background_pack=info.background_pack,
+        reserves_early=info.reserves_early,
+        capacity_bytes=info.kv_capacity_bytes,
+        max_batch=info.max_batch,
+    )

@@ -1,0 +1,157 @@
+"""`homkv bench jct --real` on a tiny model: every request once per format, times that add up, a record that reads."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from homkv.bench.jct.plots import plot
+from homkv.bench.jct.replay import Prompt, cut_prompts
+from homkv.bench.jct.report import print_report
+from homkv.bench.jct.run import JctBench, JctOptions, trace_requests, uniform_requests
+from homkv.bench.jct.summary import rate_at_p99, summarize
+from homkv.cli import main
+from homkv.cli.bench_jct import parse_range
+from homkv.errors import FormatError, ShapeError, TraceError, TransferError
+from homkv.sim.record import PHASES
+from homkv.sim.trace import Request, write_trace
+
+FORMATS = ("fp16", "balanced", "cachegen")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk; its tokenizer knows no word of the essays, so that each is the same token."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(WordLevel({"w0": 0}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(path)
+    return path
+
+
+def test_every_format_gets_the_same_requests(folder: Path, tmp_path: Path) -> None:
+    requests = uniform_requests(3, (280, 320), (2, 4), 20.0, seed=0)
+    record = tmp_path / "jct.jsonl"
+    options = JctOptions(tuple(requests), record, model=str(folder), formats=FORMATS, links=(1.0,), repetitions=1)
+    bench = JctBench(options, Console(quiet=True))
+    runs = bench.run()
+    assert bench.skipped == []
+    assert [run.info.kv_cache_dtype for run in runs] == list(FORMATS)
+    for run in runs:
+        assert run.info.num_layers == 2
+        assert {(r.prompt_tokens, r.output_tokens) for r in run.requests} == {
+            (r.prompt_tokens, r.output_tokens) for r in requests
+        }
+        assert {step.stage for step in run.steps} >= {"prefill", "pack", "unpack", "handoff", "decode"}
+        for r in run.requests:
+            assert sum(getattr(r, phase) for phase in PHASES) == pytest.approx(r.jct_s, abs=1e-6)
+            assert r.ttft_s <= r.jct_s
+        assert 0 < (run.info.peak_kv_bytes or 0) <= sum(r.kv_bytes for r in run.requests)
+    exact, ours, cachegen = (sum(r.wire_bytes for r in run.requests) for run in runs)
+    assert ours < exact
+    assert cachegen < exact
+    check_report(runs, tmp_path)
+
+
+def check_report(runs: list, tmp_path: Path) -> None:
+    summaries = summarize(runs)
+    console = Console(width=140, record=True, quiet=True)
+    print_report(summaries, console)
+    for file in plot(summaries, tmp_path, "jct", "test"):
+        assert file.stat().st_size > 1000
+    assert summaries[0].mean("jct_s") == pytest.approx(sum(summaries[0].shares().values()), abs=1e-6)
+    assert summaries[0].throughput_rps > 0
+
+
+def test_time_that_is_used_up_leaves_runs_out(folder: Path, tmp_path: Path) -> None:
+    requests = tuple(uniform_requests(2, (80, 90), (2, 3), 20.0, seed=0))
+    options = JctOptions(
+        requests, tmp_path / "r.jsonl", model=str(folder), formats=("fp16",), links=(1.0,), repetitions=1, budget_s=1e-3
+    )
+    bench = JctBench(options, Console(quiet=True))
+    assert bench.run() == []
+    assert bench.skipped == ["1gbps/fp16/0: the time was used up"]
+
+
+def test_prompts_are_cut_one_behind_the_other() -> None:
+    requests = [Request("a", 0.0, 3, 2), Request("b", 1.0, 2, 2)]
+    assert cut_prompts(range(9), requests) == [Prompt([0, 1, 2], [3, 4]), Prompt([5, 6], [7, 8])]
+    with pytest.raises(TransferError, match="at least 9 tokens, found 8"):
+        cut_prompts(range(8), requests)
+
+
+def test_traces_are_scaled(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl.gz"
+    write_trace([Request(str(i), float(i), 1000 + i, 10) for i in range(5)], trace)
+    found = trace_requests(trace, 3, 2.0, 0.1, seed=0)
+    assert [(r.prompt_tokens, r.output_tokens) for r in found] == [(100, 2)] * 3
+    assert all(b.arrival_s > a.arrival_s for a, b in itertools.pairwise(found))
+    with pytest.raises(TraceError):
+        trace_requests(tmp_path / "missing.jsonl", 3, 2.0, 0.1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"links": (0.0,)}, ShapeError),
+        ({"links": (float("inf"),)}, ShapeError),
+        ({"formats": ()}, ShapeError),
+        ({"formats": ("nonsense",)}, FormatError),
+        ({"repetitions": 0}, ShapeError),
+        ({"budget_s": -1.0}, ShapeError),
+        ({"requests": ()}, ShapeError),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(change: dict, error: type[Exception]) -> None:
+    usual = {"requests": (Request("a", 0.0, 3, 2),), "record": Path("unused")}
+    with pytest.raises(error):
+        JctOptions(**{**usual, **change})
+
+
+@pytest.mark.parametrize("bad", [(0, (1, 2), (2, 3)), (1, (0, 2), (2, 3)), (1, (3, 2), (2, 3)), (1, (1, 2), (1, 3))])
+def test_lengths_that_make_no_sense_are_refused(bad: tuple) -> None:
+    with pytest.raises(ShapeError):
+        uniform_requests(*bad, requests_per_s=1.0, seed=0)
+    with pytest.raises(TraceError):
+        uniform_requests(1, (1, 2), (2, 3), float("nan"), seed=0)
+
+
+def test_ranges() -> None:
+    assert parse_range("3-5") == (3, 5)
+    assert parse_range("7") == (7, 7)
+    for text in ("", "a-b", "3-x", "-3"):
+        with pytest.raises(ShapeError, match="expected a range"):
+            parse_range(text)
+
+
+def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["homkv", "bench", "jct"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "expected --real" in capsys.readouterr().err
+
+
+def test_rates_at_equal_p99() -> None:
+    points = [(1.0, 2.0), (2.0, 4.0), (3.0, 10.0)]
+    middle = rate_at_p99(points, 3.0, "x")
+    assert middle is not None
+    assert (middle.rate_rps, middle.is_bound) == (1.5, False)
+    bound = rate_at_p99(points, 11.0, "x")
+    assert bound is not None
+    assert (bound.rate_rps, bound.is_bound) == (3.0, True)
+    assert rate_at_p99(points, 1.0, "x") is None
+    assert rate_at_p99([], 1.0, "x") is None

@@ -1,0 +1,85 @@
+"""Validation: a record of a machine that follows the model is reproduced, one of another machine is not."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from homkv.errors import TraceError
+from homkv.sim.engine import System, simulate
+from homkv.sim.fitted import DECODE, POLYNOMIAL, non_negative_fit
+from homkv.sim.record import RunInfo, StepSample, read_record, write_record
+from homkv.sim.validate import validate
+from homkv.sim.workload import draw
+
+
+def steps_of(costs: Any, run_id: str = "r") -> list[StepSample]:
+    """What a benchmark of this machine would have written."""
+    out = [
+        StepSample(run_id=run_id, stage=stage, batch=1, tokens=n, seconds=seconds)
+        for n in (100, 200, 400)
+        for stage, seconds in (
+            ("prefill", costs.prefill_s(n, 0)),
+            ("pack", costs.pack_s(n)),
+            ("unpack", costs.unpack_s(n)),
+        )
+    ]
+    for batch in (1, 4):
+        for context in (100, 400):
+            seconds = costs.step_s(batch) + costs.per_token_s * batch * context
+            out.append(StepSample(run_id=run_id, stage="decode", batch=batch, tokens=context, seconds=seconds))
+    return out
+
+
+def recorded(path: Path, costs: Any, **changes: Any) -> Path:
+    requests = draw((50, 400), (1, 60), 3.0, 200)
+    options = {"num_decode": 2, "egress_gbps": 0.01, "ingress_gbps": 0.01, "capacity_bytes": 10**6}
+    outcome = simulate(System(costs, **options), requests)
+    info = RunInfo(
+        run_id="r", source="replay", model="m", kv_cache_dtype="fp16", command="c", machine="x", num_decode=2,
+        link_gbps=0.01, num_layers=4, kv_capacity_bytes=10**6,
+    )  # fmt: skip
+    write_record(path, [msgspec.structs.replace(info, **changes), *steps_of(costs), *outcome.tally.records("r")])
+    return path
+
+
+def test_a_faithful_record_is_reproduced(tmp_path: Path, round_costs: Any) -> None:
+    costs = round_costs(pack_token_s=1e-4, unpack_token_s=2e-4)
+    (found,) = validate(recorded(tmp_path / "r.jsonl", costs))
+    assert found.mean_error == pytest.approx(0, abs=1e-6)
+    assert found.p99_error == pytest.approx(0, abs=1e-6)
+    assert found.holds
+    for phase, measured in found.measured_phases_s.items():
+        assert found.simulated_phases_s[phase] == pytest.approx(measured, abs=1e-6)
+
+
+def test_another_link_is_noticed(tmp_path: Path, round_costs: Any) -> None:
+    (found,) = validate(recorded(tmp_path / "r.jsonl", round_costs(), link_gbps=0.001))
+    assert not found.holds
+    assert found.mean_error > 0.1
+
+
+def test_step_times_are_needed(tmp_path: Path, round_costs: Any) -> None:
+    run = read_record(recorded(tmp_path / "r.jsonl", round_costs()))["r"]
+    for stage in ("prefill", "decode"):
+        kept = [s for s in run.steps if s.stage != stage]
+        write_record(tmp_path / "s.jsonl", [run.info, *kept, *run.requests])
+        with pytest.raises(TraceError, match=f"step lines of {stage}"):
+            validate(tmp_path / "s.jsonl")
+    write_record(tmp_path / "s.jsonl", [run.info, *run.steps, run.requests[0]])
+    with pytest.raises(TraceError, match="at least two requests"):
+        validate(tmp_path / "s.jsonl")
+
+
+def test_fits_are_never_negative_and_use_what_they_can_tell() -> None:
+    def sample(batch: int, tokens: int, seconds: float) -> StepSample:
+        return StepSample(run_id="r", stage="decode", batch=batch, tokens=tokens, seconds=seconds)
+
+    exact = [sample(1, n, 0.5 + 1e-3 * n + 1e-6 * n * n) for n in (10, 100, 1000, 3000)]
+    assert non_negative_fit(exact, POLYNOMIAL) == pytest.approx((0.5, 1e-3, 1e-6))
+    one = non_negative_fit([sample(1, 100, 0.2)], POLYNOMIAL)
+    assert sum(a * b for a, b in zip(one, (1, 100, 100**2), strict=True)) == pytest.approx(0.2)
+    falling = non_negative_fit([sample(1, 100, 0.3), sample(1, 200, 0.2), sample(1, 400, 0.1)], POLYNOMIAL)
+    assert min(falling) >= 0
+    assert non_negative_fit([], DECODE) == (0.0, 0.0, 0.0)
