@@ -3,6 +3,7 @@
 #   make demo                            prefill and decode in two processes, with a 2-bit KV cache between them
 #   make demo ARGS="--link-gbps 10"      the same over a slower link; homkv demo --help lists the rest
 #   make test                            all tests; ARGS="-k rope" for some
+#   make test-vllm                       the plug-in in a real vLLM (CPU), in an environment of its own
 #   make lint                            ruff, mypy, layering
 #   make bench                           time attention on pages against the fastest torch call on unpacked KV
 #   make doctor                          say what is here and what is missing
@@ -17,7 +18,7 @@ BUILD_INPUTS := pyproject.toml scripts/setup.sh $(wildcard CMakeLists.txt) \
 
 export PYTHON CXX PIP_ARGS
 
-.PHONY: help demo test lint bench doctor setup clean
+.PHONY: help demo test test-vllm lint bench doctor setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +29,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm:
+	@.ci/vllm
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import basis, bench, demo, doctor, eval, formats, keys, serve, sim
+from homkv.cli import basis, bench, demo, doctor, eval, formats, keys, serve, serve_vllm, sim
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("doctor")(doctor.doctor)
 app.command(
     "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )(serve.serve)
+app.command("serve-vllm", hidden=True, context_settings={"allow_extra_args": True})(serve_vllm.serve)
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 app.add_typer(sim.app, name="sim")
@@ -37,7 +38,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 fine, 1 a check failed, 2 an error with a message, 130 interrupted."""
     args = sorted(sys.argv[1:], key=lambda arg: arg != "--debug")  # --debug may stand anywhere: it goes first
     try:
-        app(args)
+        app(serve_vllm.routed(args))
     except HomkvError as error:
         if "--debug" in args:
             raise

@@ -12,6 +12,7 @@ from homkv.errors import TransferError, UnsupportedError
 if TYPE_CHECKING:
     from homkv.serve.fleet import Address
     from homkv.serve.settings import Role, ServeSettings
+    from homkv.serve.spawn import InstanceOptions
     from homkv.transport.keys import Security
 
 
@@ -56,7 +57,7 @@ def _instances(
     settings: "ServeSettings", role: "Role", stack: ExitStack, console: Console
 ) -> "tuple[list[Address], list[Address], Security]":
     """Addresses of all instances and the keys to reach them."""
-    from homkv.serve.spawn import InstanceOptions, LocalCluster
+    from homkv.serve.spawn import LocalCluster
     from homkv.serve.supervise import Supervisor
     from homkv.transport.keys import KeyPair, Security
 
@@ -78,7 +79,18 @@ def _instances(
             "expected at least one prefill and one decode instance here and none elsewhere, found "
             f"{settings.prefill} and {settings.decode}; use `homkv serve gateway` for instances elsewhere"
         )
-    options = InstanceOptions(
+    cluster = stack.enter_context(
+        LocalCluster(_options(settings), lambda *line: console.print(": ".join(line), highlight=False))
+    )
+    stack.enter_context(Supervisor(cluster))
+    return cluster.addresses("prefill"), cluster.addresses("decode"), cluster.security
+
+
+def _options(settings: "ServeSettings") -> "InstanceOptions":
+    """What the instances of this machine are started with."""
+    from homkv.serve.spawn import InstanceOptions
+
+    return InstanceOptions(
         settings.model,
         tuple(dict.fromkeys(settings.kv_cache_dtype)),
         settings.prefill,
@@ -91,9 +103,6 @@ def _instances(
         prefill={name: getattr(settings, name) for name in PREFILL_SETTINGS},
         decode={name: getattr(settings, name) for name in DECODE_SETTINGS},
     )
-    cluster = stack.enter_context(LocalCluster(options, lambda *line: console.print(": ".join(line), highlight=False)))
-    stack.enter_context(Supervisor(cluster))
-    return cluster.addresses("prefill"), cluster.addresses("decode"), cluster.security
 
 
 PREFILL_SETTINGS = ("source", "chunk_tokens", "prefix_bytes", "overlap", "drain_s")

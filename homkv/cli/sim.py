@@ -93,6 +93,7 @@ def run(
 
 @app.command()
 def paper(
+    model: Annotated[str, typer.Option(help="Also mistral-7b, phi-3-14b, yi-34b, falcon-180b.")] = "llama-3.1-70b",
     prefill_gpu: Annotated[list[str] | None, typer.Option(help="Repeat the option. Default: the paper's five.")] = None,
     profile: Annotated[list[str] | None, typer.Option(help="Repeat the option. Default: all.")] = None,
     load: Annotated[list[float] | None, typer.Option(help="Of 16-bit capacity; repeat the option.")] = None,
@@ -102,7 +103,7 @@ def paper(
     json_file: JsonFile = None,
     plots: Plots = None,
 ) -> None:
-    """Simulate HACK's experiment (Llama-3.1-70B, five prefill GPUs) beside the numbers that it claims."""
+    """Simulate HACK's experiment (five prefill GPUs, A100 decode) beside the numbers that it claims."""
     from homkv.sim import paper as setting
     from homkv.sim.report import ablation_table, artifact_table, claims_table, paper_tables
 
@@ -112,9 +113,11 @@ def paper(
         raise UnsupportedError(f"expected loads above 0 of the 16-bit system's capacity, found {loads}")
     console = Console()
     with progress(len(gpus) * len(names) * len(loads) * len(setting.VARIANTS), "") as advance:
-        rows = list(setting.run_paper(gpus, names, loads, num_requests=requests, seed=seed, on_run=advance))
+        rows = list(
+            setting.run_paper(gpus, names, loads, num_requests=requests, seed=seed, model=model, on_run=advance)
+        )
     with progress(len(setting.ABLATIONS), "") as advance:
-        ablations = list(setting.run_ablations(num_requests=requests, seed=seed, on_run=advance))
+        ablations = list(setting.run_ablations(num_requests=requests, seed=seed, model=model, on_run=advance))
     published = []
     if artifact:
         with progress(None, "") as advance:

@@ -175,7 +175,7 @@ def plot_paper(rows: "Sequence[PaperRow]", folder: Path) -> list[Path]:
         load = min(loads, key=lambda x: abs(x - 0.9))
         chosen = [r for r in rows if (r.prefill_gpu, r.profile, r.load) == (gpu, profile, load)]
         bars = {r.name: {**r.summary.phases_s, "dequantize_s": r.summary.dequantize_s} for r in chosen}
-        title = f"Llama-3.1-70B, {gpu} prefill, {profile}, {load:.0%} of 16-bit capacity"
+        title = f"{rows[0].model}, {gpu} prefill, {profile}, {load:.0%} of 16-bit capacity"
         files += save(decomposition(bars, title), folder, f"sim-{gpu}-{profile}")
     return files
 

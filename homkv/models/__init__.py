@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "cache_root",
     "describe_model",
+    "find_model",
     "load_context_length",
     "load_model",
     "load_tokenizer",
@@ -80,7 +81,7 @@ def load_model(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with _no_progress_bars():
-        source = _find(name_or_path, progress)
+        source = find_model(name_or_path, progress)
         progress(f"loading {name_or_path}")
         with _explained(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -95,13 +96,13 @@ def load_tokenizer(name_or_path: str, *, progress: Progress = _silent) -> PreTra
     Raises UnsupportedError and FormatError as ``load_model`` does.
     """
     with _no_progress_bars(), _explained(name_or_path):
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(_find(name_or_path, progress)))
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(find_model(name_or_path, progress)))
 
 
 def load_context_length(name_or_path: str, *, progress: Progress = _silent) -> int:
     """Tokens that a model takes in, from its config alone. Raises as :func:`load_tokenizer` does."""
     with _no_progress_bars(), _explained(name_or_path):
-        config = AutoConfig.from_pretrained(_find(name_or_path, progress)).get_text_config()
+        config = AutoConfig.from_pretrained(find_model(name_or_path, progress)).get_text_config()
     return int(config.max_position_embeddings)
 
 
@@ -129,7 +130,7 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     )
 
 
-def _find(name_or_path: str, progress: Progress) -> str:
+def find_model(name_or_path: str, progress: Progress = _silent) -> str:
     """Turn a name into what from_pretrained reads; GGUF files go through the cache of dequantized models."""
     build: Callable[[], Path] | None = None
     path = Path(name_or_path)

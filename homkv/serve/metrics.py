@@ -101,6 +101,20 @@ def reason_of(error: HomkvError) -> str:
     return error.reason if isinstance(error, LinkError | FrameError) else type(error).__name__
 
 
+# What people look for by name: family, help, key in the instances' reports.
+NAMED_COUNTERS = (
+    ("homkv_leases_expired", "Room freed because no sign of life came, or no KV in time", "leases_expired"),
+    ("homkv_digest_mismatches", "Frames refused because their digest was wrong", "refused.digest"),
+    ("homkv_refused_peers", "Handshakes refused because of the key", "refused.untrusted_key"),
+)
+NAMED_GAUGES = (
+    ("homkv_page_blocks_free", "Blocks of pages that a new request can have", "blocks_free"),
+    ("homkv_page_blocks", "Blocks of pages", "blocks_total"),
+    ("homkv_prefix_pages_asked", "Pages of prompts that were looked up", "prefix_pages_asked"),
+    ("homkv_prefix_pages_found", "Of them, pages that were there", "prefix_pages_found"),
+)
+
+
 class _Instances(Collector):
     """Counters and gauges of instances, from their last report."""
 
@@ -114,6 +128,7 @@ class _Instances(Collector):
         yield _family("homkv_instance_lost_connections", "Connections that broke", members, lambda m: m.num_lost)
         yield _family("homkv_instance_restarts", "Restarts that were noticed", members, lambda m: m.num_restarts)
         yield _family("homkv_instance_load_tokens", "Tokens of requests that it was given", members, _load)
+        yield from self._named(members)
         gauge = GaugeMetricFamily("homkv_instance", "State of an instance", labels=["instance", "name"])
         counter = CounterMetricFamily("homkv_instance_events", "Events of an instance", labels=["instance", "name"])
         for member in members:
@@ -124,6 +139,20 @@ class _Instances(Collector):
                 for name, value in status.counters.items():
                     counter.add_metric([member.name, name], value)
         yield from (gauge, counter)
+
+    def _named(self, members: Iterable[Member]) -> Iterator[Metric]:
+        statuses = [(member.name, member.status) for member in members if member.status is not None]
+        for name, text, key in NAMED_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=["instance"])
+            for instance, status in statuses:
+                counter.add_metric([instance], status.counters.get(key, 0.0))
+            yield counter
+        for name, text, key in NAMED_GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=["instance"])
+            for instance, status in statuses:
+                if key in status.gauges:
+                    gauge.add_metric([instance], status.gauges[key])
+            yield gauge
 
 
 def _load(member: Member) -> float:

@@ -1,5 +1,6 @@
 """HACK's experiment: its models, prefill GPUs and data sets as far as they are public, beside what it claims."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,14 +8,15 @@ from typing import Any
 
 from homkv.sim.capacity import Capacity, capacity
 from homkv.sim.engine import simulate
-from homkv.sim.hardware import data, find_gpu
-from homkv.sim.roofline import Layout
-from homkv.sim.scenario import Scenario
+from homkv.sim.hardware import data, find_gpu, find_model
+from homkv.sim.roofline import Layout, smallest_layout
+from homkv.sim.scenario import Scenario, nic_gbps
 from homkv.sim.summary import Summary, summarize
 from homkv.sim.trace import Request
 from homkv.sim.workload import draw, lengths_of, mean_lengths
 
-MODEL = "llama-3.1-70b"
+MODEL = "llama-3.1-70b"  # of the paper's best case
+DECODE_GPU = "a100"
 PREFILL_GPUS = ("a10g", "v100", "t4", "l4", "a100")
 PROFILES = ("imdb", "humaneval", "arxiv", "cocktail", "long")
 LOADS = (0.5, 0.9, 1.2, 1.5)  # of what the 16-bit system can serve; above 1 its queue grows as long as requests come
@@ -34,7 +36,6 @@ ABLATIONS = (
     "dequant-balanced",
     "balanced",
 )
-DECODE_LAYOUT = Layout(tensor=4)  # of A100s with 80 GB: half an instance's network
 MAX_PREFILL = 16
 PREFILL_MARGIN = 1.5  # prefill instances are added until they could serve this much more than decode (or 16 of them)
 OnRun = Callable[[str], None]
@@ -43,8 +44,9 @@ Place = tuple[str, str, float]  # prefill GPU, profile, load
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One simulated run. ``reduction``: of mean JCT, by format: 1 - own / other, in the same conditions."""
+    """One simulated run."""
 
+    model: str
     prefill_gpu: str
     profile: str
     load: float
@@ -62,22 +64,28 @@ class PaperRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"kind": "sim-paper", "model": MODEL, "decode_gpu": "a100", **asdict(self)}
+        return {"kind": "sim-paper", "decode_gpu": DECODE_GPU, **asdict(self)}
 
 
-def deployment(prefill_gpu: str, lengths: tuple[int, int]) -> tuple[Scenario, Capacity]:
-    """Prefill instances around one decode instance of four A100s, and what they can serve in 16 bits.
+def deployment(prefill_gpu: str, lengths: tuple[int, int], model: str = MODEL) -> tuple[Scenario, Capacity]:
+    """Prefill instances around one decode instance, and what they can serve in 16 bits.
 
-    The paper's numbers of instances were not seen. Prefill gets enough not to be the bottleneck, if 16 are enough.
-    Every prefill instance sends through one machine's network, at the 10 to 50 Gb/s that the paper calls typical.
+    The paper's numbers of instances were not seen. An instance is the fewest GPUs that hold the weights; prefill gets
+    enough instances not to be the bottleneck, if 16 are enough. Each sends through its share of one machine's network,
+    at the 10 to 50 Gb/s that the paper calls typical.
     """
-    nic = find_gpu(prefill_gpu).nic_gbps
-    link = nic if prefill_gpu != "a100" else nic / 2  # two instances of four share a machine
+    shape, prefill, decode = find_model(model), find_gpu(prefill_gpu), find_gpu(DECODE_GPU)
+    layout, decode_layout = smallest_layout(shape, prefill, pipeline=True), smallest_layout(shape, decode)
     base = Scenario(
-        MODEL, prefill_gpu, "a100", decode_layout=DECODE_LAYOUT, link_gbps=link, ingress_gbps=200, overlap=False
+        model,
+        prefill_gpu,
+        DECODE_GPU,
+        prefill_layout=layout,
+        decode_layout=decode_layout,
+        link_gbps=min(prefill.nic_gbps, nic_gbps(prefill, layout)),
+        ingress_gbps=nic_gbps(decode, decode_layout),
+        overlap=False,
     )
-    if prefill_gpu == "a100":
-        base = replace(base, prefill_layout=DECODE_LAYOUT)
     one = capacity(base.system(), *lengths)
     wanted = math.ceil(PREFILL_MARGIN * one.decode / one.prefill) if math.isfinite(one.decode) else MAX_PREFILL
     base = replace(base, num_prefill=min(MAX_PREFILL, max(1, wanted)))
@@ -91,20 +99,21 @@ def run_paper(
     variants: Sequence[tuple[str, bool]] = VARIANTS,
     num_requests: int = 500,
     seed: int = 0,
+    model: str = MODEL,
     on_run: OnRun = lambda title: None,
 ) -> Iterator[PaperRow]:
     """Simulate every combination; the same requests for all formats."""
-    for gpu in prefill_gpus:
-        for name in profiles:
-            prompt, output = lengths_of(name)
-            base, limit = deployment(gpu, mean_lengths(prompt, output))
-            for load in loads:
-                rate = load * limit.rate
-                requests = draw(prompt, output, rate, num_requests, seed)
-                for kv, overlap in variants:
-                    on_run(f"{gpu}, {name}, load {load:g}, {kv}")
-                    summary = _run(replace(base, format=kv, overlap=overlap), requests)
-                    yield PaperRow(gpu, name, load, kv, overlap, base.num_prefill, rate, limit.bottleneck, summary)
+    for gpu, name in itertools.product(prefill_gpus, profiles):
+        prompt, output = lengths_of(name)
+        base, limit = deployment(gpu, mean_lengths(prompt, output), model)
+        for load in loads:
+            rate = load * limit.rate
+            requests = draw(prompt, output, rate, num_requests, seed)
+            for kv, overlap in variants:
+                on_run(f"{gpu}, {name}, load {load:g}, {kv}")
+                summary = _run(replace(base, format=kv, overlap=overlap), requests)
+                place = (base.model, gpu, name, load, kv, overlap, base.num_prefill, rate)
+                yield PaperRow(*place, limit.bottleneck, summary)
 
 
 def _run(scenario: Scenario, requests: Sequence[Request]) -> Summary:
@@ -117,12 +126,13 @@ def run_ablations(
     load: float = 0.9,
     num_requests: int = 500,
     seed: int = 0,
+    model: str = MODEL,
     on_run: OnRun = lambda title: None,
 ) -> Iterator[PaperRow]:
     """HACK without each of its eliminations and with other partitions, and our pages with a dequantizing kernel."""
     variants = [(kv, kv in OVERLAPPED or kv.startswith("dequant")) for kv in ABLATIONS]
     variants.append(("balanced", False))
-    yield from run_paper((prefill_gpu,), (name,), (load,), variants, num_requests, seed, on_run)
+    yield from run_paper((prefill_gpu,), (name,), (load,), variants, num_requests, seed, model, on_run)
 
 
 def reductions(rows: Sequence[PaperRow], of: tuple[str, bool], against: tuple[str, bool]) -> dict[Place, float]:

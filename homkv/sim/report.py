@@ -56,7 +56,7 @@ def paper_tables(rows: Sequence[PaperRow]) -> list[Table]:
     for gpu in dict.fromkeys(r.prefill_gpu for r in rows):
         names = [name + (" +overlap" if overlap else "") for name, overlap in rivals]
         table = _table(
-            f"{gpu} prefill, A100 decode: mean JCT of balanced, and how much lower it is than with",
+            f"{rows[0].model}, {gpu} prefill, A100 decode: mean JCT of balanced, and how much lower it is than with",
             ["profile", "load", "N", "limit"],
             ["JCT s", *names],
             "load: of what the 16-bit system can serve; limit: its bottleneck; N: prefill instances",

@@ -181,6 +181,20 @@ def test_a_heartbeat_keeps_a_slow_transfer_alive(loaded: LoadedModel) -> None:
         assert d.instance.status.counters["leases_expired"] == 0
 
 
+def test_a_short_prompt_overtakes_a_long_one(loaded: LoadedModel) -> None:
+    chunked = Running(PrefillInstance(loaded, ENDPOINT, OPEN, chunk_tokens=32, options=OPTIONS))
+    with chunked as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
+        wait_until(lambda: all(m.status for m in dispatcher.members))
+        long = Asked(dispatcher, Query(prompt(1900, seed=1), "balanced", 2))
+        wait_until(lambda: p.instance.status.counters["prompt_tokens"] > 0)
+        short = Asked(dispatcher, Query(prompt(20, seed=2), "balanced", 2))
+        assert short.end().error is None
+        assert not long.tokens
+        assert long.events.empty()
+        assert long.end().error is None
+        assert len(long.tokens) == 2
+
+
 def test_load_is_shared_and_capped(loaded: LoadedModel) -> None:
     with (
         prefiller(loaded) as p,

@@ -227,7 +227,11 @@ def test_health_and_metrics(client: openai.OpenAI, service: Service) -> None:
         assert values[f'homkv_phase_seconds_count{{phase="{phase}"}}'] == done
     assert values['homkv_transfer_bytes_total{kind="raw"}'] > values['homkv_transfer_bytes_total{kind="wire"}'] > 0
     assert values["homkv_reconstruction_error_count"] >= 1
-    assert sum(v for k, v in values.items() if 'name="blocks_total"' in k) > 0
+    assert sum(v for k, v in values.items() if k.startswith("homkv_page_blocks{")) == sum(
+        engine.num_blocks for decode in service.decodes for engine in decode.engines.values()
+    )
+    assert sum(k.startswith("homkv_leases_expired_total{") for k in values) == 4
+    assert sum(v for k, v in values.items() if k.startswith("homkv_prefix_pages_asked{")) > 0
 
 
 def test_a_gateway_with_a_key_and_limits(loaded: LoadedModel) -> None:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import NEVER, hadamard
+from homkv.attention.triton.schedule import find_splits
 
 
 @triton.jit
@@ -13,11 +14,11 @@ def load_rows(O, at, live, channel, inside, D: tl.constexpr):
     return tl.load(O + at.to(tl.int64)[:, None] * D + channel[None, :], mask=use, other=0.0)
 
 
-@triton.jit(do_not_specialize=["exact_tokens"])
+@triton.jit(do_not_specialize=["batch", "max_items", "exact_tokens"])
 def combine_kernel(
-    O, Lse, PartO, PartM, PartL, Items, ExactO, ExactM, ExactL, ExactLen, exact_tokens,
+    O, Lse, PartO, PartM, PartL, NumPages, batch, max_items, ExactO, ExactM, ExactL, ExactLen, exact_tokens,
     V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, EXACT_TILE: tl.constexpr,
-    EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial outputs of one query row and one run of channels, and rotate the pages' part back.
 
@@ -28,10 +29,9 @@ def combine_kernel(
     head = tl.program_id(0) // ROWS % HEADS
     b = tl.program_id(0) // (ROWS * HEADS)
     tiles = tl.cdiv(tl.minimum(tl.load(ExactLen + b), exact_tokens), EXACT_TILE)
+    item, count = find_splits(b, NumPages, batch, max_items, STEP, BATCH_BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    item = tl.load(Items + b * 2)
-    count = tl.load(Items + b * 2 + 1)
     e = tl.arange(0, EXACT_TILES)
     exact_at = ((b * HEADS + head) * EXACT_TILES + e) * ROWS + row
     exact_m = tl.load(ExactM + exact_at, mask=e < tiles, other=NEVER)

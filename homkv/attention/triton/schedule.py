@@ -33,6 +33,15 @@ def find_split(item, NumPages, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK
 
 
 @triton.jit
-def split_range(split, count, pages):
-    """First and last + 1 page of a split: equal shares."""
-    return split * pages // count, (split + 1) * pages // count
+def find_splits(b, NumPages, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr):
+    """First work item of sequence ``b`` and how many it has."""
+    i = tl.arange(0, BATCH_BLOCK)
+    splits, _ = split_counts(NumPages, batch, max_items, STEP, BATCH_BLOCK)
+    return tl.sum(tl.where(i < b, splits, 0), 0), tl.sum(tl.where(i == b, splits, 0), 0)
+
+
+@triton.jit
+def split_range(split, count, pages, UNIT: tl.constexpr = 1):
+    """First and last + 1 page of a split: equal shares in units of UNIT pages."""
+    units = (pages + UNIT - 1) // UNIT
+    return split * units // count * UNIT, tl.minimum((split + 1) * units // count * UNIT, pages)

@@ -23,21 +23,23 @@ from homkv.attention.triton.decode import (
     MIN_PAGES,
     PREPARE_WARPS,
     classes,
-    load_centre_query,
     order_on_device,
     runs,
 )
-from homkv.attention.triton.fragments import (
-    centre_scores,
-    count_blocks,
-    load_centre,
-    max4,
-)
 from homkv.attention.triton.lanes import LOG2E, NEVER, fast_log2, fast_reciprocal, hadamard, prefetch
-from homkv.attention.triton.prepare import count_steps, exact_tile, query_rows, store_centre
+from homkv.attention.triton.prepare import exact_tile, query_rows
 from homkv.attention.triton.runtime import has_dependent_launch, num_processors
 from homkv.attention.triton.schedule import find_split, split_range
+from homkv.attention.triton.warp_page import count_blocks
 from homkv.attention.view import LayerView
+from homkv.bench.peers.dequant_centre import (
+    centre_scores,
+    count_steps,
+    load_centre,
+    load_centre_query,
+    max4,
+    store_centre,
+)
 from homkv.bench.peers.dequant_tiles import (
     UNIT,
     half_step,
@@ -189,21 +191,19 @@ SIZES = ["batch", "max_items", "max_pages", "num_blocks"]
 
 @triton.jit(do_not_specialize=SIZES)
 def dequant_kernel(
-    Operands, Units, Centre, Pool, PageTable, NumPages, PartO, PartM, PartSum, Items, batch, max_items, max_pages,
+    Operands, Units, Centre, Pool, PageTable, NumPages, PartO, PartM, PartSum, batch, max_items, max_pages,
     num_blocks,
     K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, BATCH_BLOCK: tl.constexpr,
+    DP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
+    BATCH_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence and kv head: a partial output over its pages. Grid (max_items, HEADS)."""
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, pages = find_split(item, NumPages, batch, max_items, MIN_PAGES, BATCH_BLOCK)
+    b, split, count, pages = find_split(item, NumPages, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
-    if split == 0:
-        tl.store(Items + b * 2, item)
-        tl.store(Items + b * 2 + 1, count)
     n = tl.arange(0, N)
     own = n < ROWS
     first, stop = split_range(split, count, pages)
@@ -297,6 +297,7 @@ def attend(
         "K": k_classes, "D": dim, "DP": triton.next_power_of_2(dim), "ROWS": rows, "HEADS": heads,
         "N": 8 if rows <= 8 else 16,
     }  # fmt: skip
+    splits = {"STEP": MIN_PAGES, "BATCH_BLOCK": max(triton.next_power_of_2(batch), 32)}
     work = make_workspace(shape, batch, tiles, max(batch, config.programs * num_processors(device) // heads), device)
     dequant_prepare_kernel[(batch, heads, len(k_classes) + 1 + tiles)](
         q, order_on_device(codec.order, device), *work.query, view.exact_k, view.exact_v, view.exact_len, view.slots,
@@ -304,16 +305,17 @@ def attend(
         EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles, PDL=pdl, num_warps=PREPARE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
     dequant_kernel[(work.max_items, heads)](
-        *work.query, view.pool.view(torch.int8), view.page_table, view.num_pages, *work.partial, work.items, batch,
+        *work.query, view.pool.view(torch.int8), view.page_table, view.num_pages, *work.partial, batch,
         work.max_items, view.page_table.shape[1], view.pool.shape[0], **shape, V=classes(layout.v_classes),
-        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, BATCH_BLOCK=max(triton.next_power_of_2(batch), 32),
-        PDL=pdl, num_warps=1, num_stages=1, maxnreg=config.max_registers, launch_pdl=pdl,
+        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, **splits, PDL=pdl, num_warps=1, num_stages=1,
+        maxnreg=config.max_registers, launch_pdl=pdl,
     )  # fmt: skip
     o = torch.empty(q.shape, device=device)
     combine_kernel[(batch * heads * rows, len(runs(layout)))](
-        o, torch.empty(q.shape[:3], device=device), *work.partial, work.items, *work.exact, view.exact_len,
-        exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles,
-        SPLITS=COMBINE_SPLITS, PDL=pdl, num_warps=COMBINE_WARPS, launch_pdl=pdl,
+        o, torch.empty(q.shape[:3], device=device), *work.partial, view.num_pages, batch, work.max_items, *work.exact,
+        view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE,
+        EXACT_TILES=tiles, **splits, SPLITS=COMBINE_SPLITS, PDL=pdl, num_warps=COMBINE_WARPS,
+        launch_pdl=pdl,
     )  # fmt: skip
     return o
 
@@ -325,7 +327,6 @@ class Workspace:
     query: tuple[Tensor, Tensor, Tensor]  # operands, units, centre
     exact: tuple[Tensor, Tensor, Tensor]  # output, maximum, denominator of tiles of exact tokens
     partial: tuple[Tensor, Tensor, Tensor]  # the same of splits
-    items: Tensor  # first item and count of every sequence
     max_items: int
 
 
@@ -346,6 +347,5 @@ def make_workspace(shape: dict[str, Any], batch: int, tiles: int, max_items: int
         (operands, empty(batch, heads, len(k_classes) + 1, columns), centre),
         parts(batch, heads, tiles),
         parts(max_items, heads),
-        empty(batch, 2, dtype=torch.int32),
         max_items,
     )

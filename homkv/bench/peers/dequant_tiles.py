@@ -3,14 +3,14 @@
 A plane of codes is masked in place. The result, read as float16, is a denormal number, ``code * 2**(position - 24)``:
 exact, with no instruction spent on converting. Bytes are loaded in pairs (int16), so that a register holds two numbers
 made of its even bytes and two made of its odd ones, which are separate runs of the sum. Thread (g, q) of the left
-operand of ``mma.m16n8k16`` holds rows g and g + 8 and four bytes of each, as in homkv.attention.triton.fragments.
+operand of ``mma.m16n8k16`` holds rows g and g + 8 and four bytes of each, as in homkv.attention.triton.warp_page.
 """
 
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.fragments import load_scales
 from homkv.attention.triton.lanes import USE_PTX
+from homkv.bench.peers.dequant_centre import load_scales
 
 HALF_STEP = tl.constexpr({2: 96.0, 4: 120.0, 8: 128.0})  # lane value = code << (8 - bits), minus this
 UNIT = tl.constexpr(2.0**24)  # float16's smallest number is one over this

@@ -1,0 +1,300 @@
+"""The pages' part of a decode call: split-KV, one warp per program, two pages at a time for few query rows."""
+
+import triton
+import triton.language as tl
+
+from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal
+from homkv.attention.triton.schedule import find_split, split_range
+from homkv.attention.triton.warp import across, lane_parts, max_over_rows, sum_over_rows, transpose_bytes
+from homkv.attention.triton.warp_page import (
+    centre_products,
+    count_blocks,
+    load_centre,
+    load_keys,
+    load_scales,
+    load_values,
+    page_scores,
+    prefetch_page,
+    two_scales,
+    value_step,
+)
+from homkv.attention.triton.warp_queries import load_queries
+
+LOG2_255 = tl.constexpr(7.994353436858858)
+DEAD = tl.constexpr(4 * NEVER.value)  # bias of a page that is not there: below the maximum of no page
+
+
+@triton.jit
+def page_bias(centres, query, alive, own, DP: tl.constexpr, PAGES: tl.constexpr, SPLIT: tl.constexpr):
+    """The centres' terms of the lane's two columns, base 2. ``own``: whether the first page is the lane's."""
+    _, _, _, unit, operands = query
+    product = centre_products(centres, operands[0], DP, PAGES)
+    out = ()
+    for e in tl.static_range(2):
+        x = tl.where(own, product[e], product[2 + e]) * unit[e]
+        out = out + (x,)
+    if SPLIT:
+        product = centre_products(centres, operands[1], DP, PAGES)
+        first = out[0] + tl.where(own, product[0], product[2]) * (unit[0] * (1.0 / 2048.0))
+        second = out[1] + tl.where(own, product[1], product[3]) * (unit[1] * (1.0 / 2048.0))
+        out = (first, second)
+    return tl.where(alive, out[0], DEAD), tl.where(alive, out[1], DEAD)
+
+
+@triton.jit
+def column_maxima(z):
+    """Maxima over 64 tokens of the lane's two columns, from four tiles."""
+    out = ()
+    for e in tl.static_range(2):
+        x = tl.maximum(z[0][e], z[0][2 + e])
+        for i in tl.static_range(3):
+            x = tl.maximum(x, tl.maximum(z[i + 1][e], z[i + 1][2 + e]))
+        out = out + (max_over_rows(x),)
+    return out
+
+
+@triton.jit
+def add_scales(s, scales, unit):
+    """``(z, inverse)``: scores in base 2 with the values' scales joined as logarithms, and one over these scales."""
+    z = ()
+    inverse = ()
+    for i in tl.static_range(4):
+        scale = two_scales(scales[i])
+        logs = (fast_log2(scale[0]), fast_log2(scale[1]))
+        inverse = inverse + ((fast_reciprocal(scale[0]), fast_reciprocal(scale[1])),)
+        tile = ()
+        for r in tl.static_range(4):
+            tile = tile + (s[i][r] * unit[r % 2] + logs[r // 2],)
+        z = z + (tile,)
+    return z, inverse
+
+
+@triton.jit
+def weights(z, inverse, peak):
+    """``(w, total)``: weights ``round(255 exp2(z - peak))`` as right operands, and per column the sum of unrounded ones
+    over the values' scales, of the lane's own tokens."""
+    w = ()
+    first = tl.zeros([32], tl.float32)
+    second = first
+    for i in tl.static_range(4):
+        p = ()
+        code = ()
+        for r in tl.static_range(4):
+            p = p + (tl.exp2(z[i][r] - (peak[r % 2] - LOG2_255)),)
+            code = code + ((p[r] + MAGIC).to(tl.int32, bitcast=True),)
+        first = first + p[0] * inverse[i][0]
+        first = first + p[2] * inverse[i][1]
+        second = second + p[1] * inverse[i][0]
+        second = second + p[3] * inverse[i][1]
+        w = w + (transpose_bytes(code),)
+    return w, (first, second)
+
+
+@triton.jit
+def add_block(values, w, o, decay, beta, BITS: tl.constexpr, CLASS: tl.constexpr, BLOCK: tl.constexpr):
+    """``o decay + (values w) beta`` of 32 channels; every page has its own weights, zero in the others' columns."""
+    magic = tl.full([32], MAGIC_BITS, tl.int32)
+    out = ()
+    for t in tl.static_range(2):
+        acc = (magic, magic, magic, magic)
+        for p in tl.static_range(len(values)):
+            acc = value_step(values[p][CLASS][BLOCK], w[p], acc, 2 * t, BITS)
+        for r in tl.static_range(4):
+            # (acc + MAGIC) beta - MAGIC beta: rounding costs one unit of acc, far below that of the weights.
+            kept = o[4 * t + r] * decay[r % 2] - beta[r % 2] * MAGIC
+            out = out + (acc[r].to(tl.float32, bitcast=True) * beta[r % 2] + kept,)
+    return out
+
+
+@triton.jit
+def page_step(
+    data, state, query, alive, own, masks, K: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, PAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Add PAGES pages to ``state = (o, m, l)``: eight outputs per block of 32 channels, two maxima and denominators.
+
+    With two pages, columns 0 to 3 are the first one's and 4 to 7 the second one's: each multiplies its queries and
+    weights with the others' columns zero into the same accumulators, so that everything between the matrix
+    instructions is done once for both. A value's scale joins its score as a logarithm, ``z = score + log2(v_scale)``,
+    so that one maximum per page serves as the softmax's and as the scale of its weights. Outputs and denominators are
+    255 times too large, and each lane's denominator counts its own tokens only.
+    """
+    keys, values, scales, centres = data
+    o, m, l = state
+    s = page_scores(keys, scales, query, K)
+    bias = page_bias(centres, query, alive, own, DP, PAGES, SPLIT)
+    new = ()
+    top = m
+    decay = m
+    for c in tl.static_range(max(len(V), 1)):
+        z, inverse = add_scales(s, scales[len(K) + c], query[1])
+        peak = column_maxima(z)
+        if c == 0:
+            top = (tl.maximum(m[0], peak[0] + bias[0]), tl.maximum(m[1], peak[1] + bias[1]))
+            decay = (tl.exp2(m[0] - top[0]), tl.exp2(m[1] - top[1]))
+        beta = (tl.exp2(peak[0] + bias[0] - top[0]), tl.exp2(peak[1] + bias[1] - top[1]))
+        w, total = weights(z, inverse, peak)
+        if c == 0:
+            l = (l[0] * decay[0] + total[0] * beta[0], l[1] * decay[1] + total[1] * beta[1])
+        if len(V) > 0:
+            masked = ()
+            for p in tl.static_range(PAGES):
+                masked = masked + ((w[0] & masks[p], w[1] & masks[p], w[2] & masks[p], w[3] & masks[p]),)
+            for i in tl.static_range((V[c][1] + 31) // 32):
+                new = new + (add_block(values, masked, o[len(new)], decay, beta, V[c][2], c, i),)
+    return new, top, l
+
+
+@triton.jit
+def load_pages(
+    pages, own_page, g, q, K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Values, scales and centres of a step's pages; ``own_page`` is the one whose columns the lane holds."""
+    values = ()
+    centres = ()
+    for p in tl.static_range(len(pages)):
+        centres = centres + (load_centre(pages[p], q, CENTRE, D, DP),)
+        values = values + (load_values(pages[p], g, q, V),)
+    scales = ()
+    for c in tl.static_range(len(K)):
+        scales = scales + (load_scales(own_page, g, K[c][4]),)
+    for c in tl.static_range(len(V)):
+        scales = scales + (load_scales(own_page, g, V[c][4]),)
+    if len(V) == 0:
+        one = tl.full([32], 0xC0C0, tl.int32)
+        scales = scales + ((one, one, one, one),)
+    return values, scales, centres
+
+
+@triton.jit
+def load_all_keys(pages, g, q, K: tl.constexpr):
+    """Keys of a step's pages."""
+    out = ()
+    for p in tl.static_range(len(pages)):
+        out = out + (load_keys(pages[p], g, q, K),)
+    return out
+
+
+@triton.jit
+def find_pages(pool, table, at, last, num_blocks, PAGES: tl.constexpr, STRIDE: tl.constexpr):
+    """Addresses of PAGES pages from index ``at`` on; behind the last one, of the last one."""
+    out = ()
+    for p in tl.static_range(PAGES):
+        block = tl.load(table + tl.minimum(at + p, last))
+        out = out + (pool + tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64) * STRIDE,)
+    return out
+
+
+@triton.jit
+def empty_state(BLOCKS: tl.constexpr):
+    """Outputs, maxima and denominators of no page."""
+    zero = tl.zeros([32], tl.float32)
+    o = ()
+    for _ in tl.static_range(BLOCKS):
+        o = o + ((zero, zero, zero, zero, zero, zero, zero, zero),)
+    return o, (zero + NEVER, zero + NEVER), (zero, zero)
+
+
+@triton.jit
+def store_partial(
+    PartO, PartM, PartL, state, at, row, g, ROWS: tl.constexpr, V: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr
+):  # fmt: skip
+    """Store a partial output; with two pages, columns r and r + 4 are one query row. ``row``: the lane's first one."""
+    o, m, l = state
+    top = m
+    if PAGES == 2:
+        top = (tl.maximum(m[0], across(m[0], 2)), tl.maximum(m[1], across(m[1], 2)))
+    share = (tl.exp2(m[0] - top[0]) * (1.0 / 255), tl.exp2(m[1] - top[1]) * (1.0 / 255))
+    for e in tl.static_range(2):
+        total = sum_over_rows(l[e]) * share[e]
+        if PAGES == 2:
+            total += across(total, 2)
+        own = (row + e < ROWS) & (g == 0)
+        tl.store(PartM + at + row + e, top[e], mask=own)
+        tl.store(PartL + at + row + e, total, mask=own)
+    for c in tl.static_range(len(V)):
+        for i in tl.static_range((V[c][1] + 31) // 32):
+            for r in tl.static_range(8):
+                channel = 32 * i + 4 * g + r // 4 * 2 + r // 2 % 2
+                x = o[count_blocks(V, c) + i][r] * share[r % 2]
+                if PAGES == 2:
+                    x += across(x, 2)
+                place = PartO + (at + row + r % 2) * D + (V[c][0] + channel)
+                tl.store(place, x, mask=(row + r % 2 < ROWS) & (channel < V[c][1]))
+
+
+# Sizes that differ from call to call must not compile a kernel each.
+SIZES = ["stride_b", "stride_h", "stride_t", "batch", "max_items", "max_pages", "num_blocks"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def decode_kernel(
+    Q, Order, stride_b, stride_h, stride_t, scale_log2, Pool, PageTable, NumPages, PartO, PartM, PartL, batch,
+    max_items, max_pages, num_blocks,
+    K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
+    STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence and kv head: a partial output over its pages. Grid (max_items, HEADS).
+
+    Up to 4 query rows: two pages a step; up to 8: one; up to 16: one, for two sets of columns. A page is asked for one
+    step ahead; its keys are loaded into registers at the end of the step before, the rest when its step begins.
+    """
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    b, split, count, pages = find_split(item, NumPages, batch, max_items, STEP, BATCH_BLOCK)
+    if b >= batch:
+        return
+    PAGES: tl.constexpr = 2 if ROWS <= 4 else 1
+    SETS: tl.constexpr = (ROWS + 7) // 8
+    STRIDE: tl.constexpr = HEADS * PAGE_BYTES
+    g, q = lane_parts()
+    own = (q < 2) | (PAGES == 1)
+    every = tl.full([32], -1, tl.int32)
+    masks = (every,)
+    if PAGES == 2:
+        masks = (tl.where(g < 4, -1, 0), tl.where(g < 4, 0, -1))
+
+    first, stop = split_range(split, count, pages, PAGES)
+    last = tl.maximum(stop - 1, 0)
+    table = PageTable + b.to(tl.int64) * max_pages
+    pool = (Pool + head * PAGE_BYTES).to(tl.int64, bitcast=True) + tl.zeros([32], tl.int64)
+    now = find_pages(pool, table, first, last, num_blocks, PAGES, STRIDE)
+    following = find_pages(pool, table, first + PAGES, last, num_blocks, PAGES, STRIDE)
+    # Pages are on their way while the queries are made ready.
+    for p in tl.static_range(PAGES):
+        prefetch_page(now[p], PAGE_BYTES)
+    keys = load_all_keys(now, g, q, K)
+    queries = ()
+    states = ()
+    q_head = Q + b.to(tl.int64) * stride_b + head * (ROWS // Q_LEN) * stride_h
+    for i in tl.static_range(SETS):
+        n = i * 8 + (g % 4 if PAGES == 2 else g)
+        q_row = q_head + (n // Q_LEN * stride_h + n % Q_LEN * stride_t)
+        queries = queries + (load_queries(q_row, Order, n < ROWS, masks, q, scale_log2, K, D, DP, PAGES, SPLIT),)
+        states = states + (empty_state(count_blocks(V, len(V))),)
+
+    for at in tl.range(first, stop, PAGES, num_stages=1):
+        own_page = now[0]
+        if PAGES == 2:
+            own_page = tl.where(own, now[0], now[1])
+        values, scales, centres = load_pages(now, own_page, g, q, K, V, CENTRE, D, DP)
+        later = find_pages(pool, table, at + 2 * PAGES, last, num_blocks, PAGES, STRIDE)
+        for p in tl.static_range(PAGES):
+            prefetch_page(following[p], PAGE_BYTES)
+        alive = own | (at + 1 < stop)
+        new = ()
+        for i in tl.static_range(SETS):
+            data = (keys, values, scales, centres)
+            new = new + (page_step(data, states[i], queries[i], alive, own, masks, K, V, DP, PAGES, SPLIT),)
+        states = new
+        keys = load_all_keys(following, g, q, K)
+        now = following
+        following = later
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for the exact tokens, which the merge reads
+        tl.extra.cuda.gdc_launch_dependents()
+    at = (item * HEADS + head).to(tl.int64) * ROWS
+    for i in tl.static_range(SETS):
+        store_partial(PartO, PartM, PartL, states[i], at, i * 8 + q * 2, g, ROWS, V, D, PAGES)

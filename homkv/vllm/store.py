@@ -1,0 +1,199 @@
+"""One layer's blocks: exact tokens in, pages out, and what attention sees of them. Knows nothing of vLLM.
+
+Page j holds tokens ``[64 j, 64 j + 64)``. Unlike elsewhere in homkv the first 64 tokens, not 4, are sinks: so pages
+never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as soon as its last token is there.
+Attention nevertheless reads the newest 64 to 127 tokens exactly, from a ring of two halves: token t lies in half
+``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function of the position, so storing a token twice, as the
+decode side of a transfer does with the last prompt token, leaves the same bytes.
+
+A full half carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand
+for page j only while the tag names the page that the sequence's own page table points to. So a ring block that was
+just allocated, for a sequence that starts behind cached pages, is never mistaken for its window: the newest cached
+page is read as a page until the ring has filled.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from homkv.attention import api
+from homkv.attention.view import LayerView
+from homkv.errors import UnsupportedError
+from homkv.formats.rows import RowsCodec
+from homkv.spec import PAGE_TOKENS
+from homkv.vllm.blocks import TAG_BYTES, BlockPlan
+
+MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: the golden ratio's, as a signed 64-bit number
+
+
+Index = TypeVar("Index", int, Tensor)
+
+
+def half_of(page: Index) -> Index:
+    """Which half of the ring holds a page's tokens. Page 1, the first that is not exact for good, uses the first."""
+    return (page + 1) % 2
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Both halves of B rings, copied: ``k v [B, 2, G, 64, D]``, ``tags [B, 2, 2] int64``; ``tokens [B]``: stored."""
+
+    k: Tensor
+    v: Tensor
+    tags: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one new token of each of B sequences goes; the same in every layer.
+
+    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page is full with
+    it, ``pages [m]``: that page. All int64 on one device.
+    """
+
+    column: Tensor
+    at: Tensor
+    due: Tensor
+    pages: Tensor
+
+    @classmethod
+    def of(cls, lengths: Tensor, device: torch.device | str = "cpu") -> "Places":
+        """For tokens at position ``lengths - 1``, ``lengths [B]`` on the host."""
+        page, at = (lengths.long() - 1) // PAGE_TOKENS, (lengths.long() - 1) % PAGE_TOKENS
+        column = torch.where(page > 0, 1 + half_of(page), 0).unsqueeze(1)
+        due = ((at == PAGE_TOKENS - 1) & (page > 0)).nonzero().flatten()
+        return cls(*(x.to(device) for x in (column, at, due, page[due])))
+
+
+def page_ids(table: Tensor, pages_per_block: int) -> Tensor:
+    """Rows of the pool of pages 0, 1 ...: block ids ``[B, n]`` to ``[B, n * pages_per_block]``."""
+    steps = torch.arange(pages_per_block, dtype=table.dtype, device=table.device)
+    return (table.unsqueeze(-1) * pages_per_block + steps).flatten(-2)
+
+
+class LayerStore:
+    """Views of one layer's cache.
+
+    ``pages exact [num_blocks, G, block_size, C] uint8``: vLLM's tensors of the attention layer and of its exact layer;
+    they may be the same memory, since a block belongs to one of the two. ``raw_dtype``: of exact tokens.
+    """
+
+    def __init__(self, codec: RowsCodec, plan: BlockPlan, pages: Tensor, exact: Tensor, raw_dtype: torch.dtype) -> None:
+        for name, cache in (("pages", pages), ("exact blocks", exact)):
+            if cache.dtype not in (torch.uint8, torch.int8) or not cache.is_contiguous():
+                raise UnsupportedError(
+                    f"expected {name} as contiguous bytes, found {cache.dtype} {tuple(cache.shape)} with strides "
+                    f"{cache.stride()}; unset VLLM_KV_CACHE_LAYOUT, or set it to LBHNC"
+                )
+        self.codec, self.plan = codec, plan
+        num_blocks, heads = pages.shape[:2]
+        self.pool = pages.view(torch.uint8).view(num_blocks * plan.pages_per_block, heads, codec.page_bytes)
+        blocks = exact.view(torch.uint8).view(num_blocks, heads, plan.pages_per_block * codec.page_bytes)
+        one = PAGE_TOKENS * codec.head_dim * raw_dtype.itemsize
+        shape = (PAGE_TOKENS, codec.head_dim)
+        self.exact_k = blocks[..., :one].view(raw_dtype).unflatten(-1, shape)
+        self.exact_v = blocks[..., one : 2 * one].view(raw_dtype).unflatten(-1, shape)
+        self.tags = blocks[:, 0, 2 * one : 2 * one + TAG_BYTES].view(torch.int64)
+        words = heads * codec.page_bytes // 8
+        self._weights = (2 * torch.arange(words, dtype=torch.int64, device=pages.device) + 1) * MULTIPLIER
+
+    def digest(self, page_ids: Tensor) -> Tensor:
+        """``sum_i word[i] * weight[i] mod 2^64`` over all heads of each page; ``[...] int64``."""
+        words = self.pool[page_ids.long()].flatten(-2).view(torch.int64)
+        return (words * self._weights).sum(-1)
+
+    # -- storing -------------------------------------------------------------------------------------------------------
+
+    def store_one(self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor) -> None:
+        """Store one token of each sequence, ``k v [B, G, D]``, and the pages that it fills.
+
+        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 3]`` block ids.
+        """
+        blocks = exact.long().gather(1, places.column).squeeze(1)
+        self.exact_k[blocks, :, places.at] = k.to(self.exact_k.dtype)
+        self.exact_v[blocks, :, places.at] = v.to(self.exact_v.dtype)
+        if len(places.due):
+            ids, full = tables[places.due, places.pages], blocks[places.due]
+            self._encode(self.exact_k[full], self.exact_v[full], ids)
+            self._tag(full, places.pages, ids)
+
+    def store_many(self, table: Tensor, exact: Tensor, start: int, k: Tensor, v: Tensor, before: Halves | None) -> None:
+        """Store tokens ``[start, start + T)`` of one sequence, ``k v [T, G, D]``; pages as they fill.
+
+        ``table [num_pages]``, ``exact [3]`` of this sequence. ``before``: its ring as it was, if start is not 0.
+        """
+        k, v = (x.transpose(0, 1).to(self.exact_k.dtype) for x in (k, v))
+        first, stop = start // PAGE_TOKENS, start + k.shape[1]
+        held = start % PAGE_TOKENS
+        if held:  # a page was left open: its first tokens come from where they were kept
+            source = self._open_tokens(exact, first, before)
+            k, v = (torch.cat((old[:, :held], new), 1) for old, new in zip(source, (k, v), strict=True))
+        last = stop // PAGE_TOKENS
+        offset = max(1, first) - first
+        if last > first + offset:
+            whole = slice(offset * PAGE_TOKENS, (last - first) * PAGE_TOKENS)
+            whole_k, whole_v = (x[:, whole].unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1) for x in (k, v))
+            self._encode(whole_k, whole_v, table[first + offset : last])
+        for index in sorted({0, last - 1, last}):
+            tokens = slice((index - first) * PAGE_TOKENS, (index - first + 1) * PAGE_TOKENS)
+            if index < first or tokens.start >= k.shape[1]:
+                continue
+            block = exact[0 if index == 0 else 1 + half_of(index)].long()
+            count = k[:, tokens].shape[1]
+            self.exact_k[block, :, :count] = k[:, tokens]
+            self.exact_v[block, :, :count] = v[:, tokens]
+            if index and count == PAGE_TOKENS:
+                self._tag(block[None], torch.tensor([index], device=exact.device), table[index : index + 1])
+
+    def _open_tokens(self, exact: Tensor, index: int, before: Halves | None) -> tuple[Tensor, Tensor]:
+        if index == 0:
+            return self.exact_k[exact[0].long()], self.exact_v[exact[0].long()]
+        assert before is not None  # there is a ring where there was a token
+        return before.k[0, half_of(index)], before.v[0, half_of(index)]
+
+    def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor) -> None:
+        """``k v [n, G, 64, D]`` become pages ``page_ids [n]``."""
+        k, v = (x.transpose(0, 1).flatten(1, 2).contiguous() for x in (k, v))
+        self.pool[page_ids.long()] = api.encode(self.codec, k, v)
+
+    def _tag(self, blocks: Tensor, index: Tensor, page_ids: Tensor) -> None:
+        self.tags[blocks] = torch.stack((index, self.digest(page_ids)), -1)
+
+    # -- attending -----------------------------------------------------------------------------------------------------
+
+    def halves(self, exact: Tensor, tokens: Tensor) -> Halves:
+        """Copy the rings of B sequences that hold ``tokens [B]`` tokens; ``exact [B, 3]`` block ids."""
+        ring = exact[:, 1:].long()
+        return Halves(self.exact_k[ring], self.exact_v[ring], self.tags[ring], tokens)
+
+    def view(self, tables: Tensor, exact: Tensor, halves: Halves) -> LayerView:
+        """What attention reads: pages by reference, first tokens and window copied into one piece.
+
+        ``tables [B, num_pages]``, ``exact [B, 3]``. The last full half counts if its tag holds (see above).
+        """
+        tokens, rows = halves.tokens.long(), torch.arange(exact.shape[0], device=exact.device)
+        open_page = tokens // PAGE_TOKENS
+        full_page = (open_page - 1).clamp(min=0)
+        ids = tables.gather(1, full_page.clamp(max=tables.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        tag = halves.tags[rows, half_of(full_page)]
+        holds = (full_page > 0) & (tag[:, 0] == full_page) & (tag[:, 1] == self.digest(ids))
+        window_page = torch.where(holds, full_page, open_page)
+        order = torch.stack((half_of(window_page), half_of(open_page)), 1)
+        parts = []
+        for first, ring in ((self.exact_k, halves.k), (self.exact_v, halves.v)):
+            window = ring[rows.unsqueeze(1), order]
+            all_three = torch.cat((first[exact[:, 0].long()].unsqueeze(1), window), 1)
+            parts.append(all_three.transpose(1, 2).flatten(2, 3).contiguous())
+        num_exact = tokens.clamp(max=PAGE_TOKENS) + torch.where(open_page > 0, tokens - PAGE_TOKENS * window_page, 0)
+        return LayerView(
+            pool=self.pool,
+            page_table=tables[:, 1:].to(torch.int32).contiguous(),
+            num_pages=(window_page - 1).clamp(min=0).to(torch.int32),
+            exact_k=parts[0],
+            exact_v=parts[1],
+            exact_len=num_exact.to(torch.int32),
+            slots=rows.to(torch.int32),
+        )

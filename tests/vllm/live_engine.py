@@ -1,0 +1,164 @@
+"""One vLLM engine on pages, against the transformers path. Run by .ci/vllm, where vLLM is installed."""
+
+import os
+from typing import Any
+
+import pytest
+from live_cases import HEAD_DIM, LAYERS, by_transformers, model_folder, text_tokens
+
+from homkv.spec import RowsSpec
+from homkv.vllm.blocks import BlockPlan
+
+PLAN = BlockPlan.of(RowsSpec.parse("balanced"), HEAD_DIM, 4)  # float32: what is compared is the arithmetic
+NUM_BLOCKS = 15  # of 832 tokens, one of which vLLM keeps: three sequences of 800 tokens cannot all grow to 840
+CHUNK = 512
+NEW_TOKENS = 24
+
+Answer = tuple[list[int], list[float], int]  # tokens, their logprobs, prompt tokens found in the prefix cache
+
+
+class Engine:
+    """vLLM in this process."""
+
+    def __init__(self) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            model_folder(),
+            dtype="float32",
+            enforce_eager=True,
+            block_size=PLAN.block_size,
+            num_gpu_blocks_override=NUM_BLOCKS,
+            max_model_len=2048,
+            max_num_seqs=8,
+            max_num_batched_tokens=CHUNK,
+            disable_log_stats=False,
+        )
+
+    def answer(self, prompts: list[list[int]], count: int = NEW_TOKENS) -> list[Answer]:
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1)
+        found: list[Answer] = []
+        for output in self.llm.generate(asked, greedy, use_tqdm=False):
+            tokens = list(output.outputs[0].token_ids)
+            chosen = [at[token].logprob for at, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+            found.append((tokens, chosen, int(output.num_cached_tokens or 0)))
+        return found
+
+    def metric(self, name: str) -> float:
+        return sum(m.value for m in self.llm.get_metrics() if m.name == name)
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    return text_tokens()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    os.environ |= {
+        "HOMKV_VLLM_BACKEND": PLAN.name,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    return Engine()
+
+
+def compare(prompts: list[list[int]], answers: list[Answer]) -> list[tuple[int, float]]:
+    """Per answer: tokens that the transformers path would not have chosen, and the mean difference of logprobs."""
+    expected = by_transformers(prompts, [tokens for tokens, _, _ in answers])
+    found = []
+    for (tokens, logprobs, _), (greedy, reference) in zip(answers, expected, strict=True):
+        others = sum(a != b for a, b in zip(tokens, greedy, strict=True))
+        gap = sum(abs(a - b) for a, b in zip(logprobs, reference, strict=True)) / len(tokens)
+        found.append((others, gap))
+    print([(len(prompt), *result) for prompt, result in zip(prompts, found, strict=True)])
+    return found
+
+
+def test_the_backend_is_ours(engine: Engine) -> None:
+    config: Any = engine.llm.llm_engine.vllm_config
+    layers = config.compilation_config.static_forward_context
+    assert {x.get_attn_backend().get_name() for x in layers.values()} == {PLAN.name}
+    assert len(layers) == 2 * LAYERS
+
+
+def test_text_and_logprobs_are_those_of_the_transformers_path(engine: Engine, ids: list[int]) -> None:
+    """Prompts that fit one chunk, in one batch: before, at and behind the first pages."""
+    prompts = [ids[:1], ids[100:130], ids[:64], ids[:65], ids[:200], ids[40:500]]
+    one_by_one = [engine.answer([prompt])[0] for prompt in prompts]  # so that no prompt is cut by the batch's budget
+    for others, gap in compare(prompts, one_by_one):
+        assert others == 0
+        assert gap < 0.01
+
+
+def test_a_batch_of_unequal_prompts_in_chunks(engine: Engine, ids: list[int]) -> None:
+    """Chunks of 512 tokens cut pages and attend to sealed ones; prompts and answers share steps."""
+    prompts = [ids[7:1300], ids[30:140], ids[300:1400], ids[11:40]]
+    for others, gap in compare(prompts, engine.answer(prompts)):
+        assert others <= 3
+        assert gap < 0.15
+
+
+def test_a_prefix_is_computed_once(engine: Engine, ids: list[int]) -> None:
+    prompt, other = ids[50:1050], ids[50:900] + ids[:60]
+    (first,), (again,), (branch,) = (engine.answer([p]) for p in (prompt, prompt, other))
+    assert first[2] == 0
+    assert again[2] == branch[2] == PLAN.block_size
+    for others, gap in compare([prompt, other], [again, branch]):
+        assert others <= 3
+        assert gap < 0.15
+
+
+def test_a_preempted_sequence_goes_on_where_it_was(engine: Engine, ids: list[int]) -> None:
+    """Three sequences fill the pool when they grow into their second block: one must give way and come back."""
+    before = engine.metric("vllm:num_preemptions")
+    prompts = [ids[i * 90 : i * 90 + 800] for i in range(3)]
+    answers = engine.answer(prompts, 60)
+    assert engine.metric("vllm:num_preemptions") > before
+    for others, gap in compare(prompts, answers):
+        assert others <= 12
+        assert gap < 0.3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sliding_window": 128},
+        {"alibi_slopes": [1.0]},
+        {"logits_soft_cap": 30.0},
+        {"kv_cache_dtype": "fp8"},
+        {"attn_type": "encoder_only"},
+        {"kv_sharing_target_layer_name": "x"},
+        {"sinks": [0.0]},
+        {"head_size": 128},
+        {"head_size": 72},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_pages_do_not_compute_is_refused(engine: Engine, arguments: dict[str, Any]) -> None:
+    from vllm.config import set_current_vllm_config
+
+    from homkv.errors import UnsupportedError
+    from homkv.vllm.backend import backend_class
+
+    usual = {"num_heads": 9, "head_size": 64, "scale": 0.125, "num_kv_heads": 3}
+    with (
+        set_current_vllm_config(engine.llm.llm_engine.vllm_config),
+        pytest.raises(UnsupportedError, match="expected"),
+    ):
+        backend_class(PLAN.name).get_impl_cls()(**(usual | arguments))
+
+
+def test_registration_can_be_repeated() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from homkv.vllm import register
+
+    register()
+    register()
+    assert AttentionBackendEnum.CPU_ATTN.get_class().get_name() == PLAN.name
+    assert AttentionBackendEnum[PLAN.name].get_class() is AttentionBackendEnum.CPU_ATTN.get_class()

@@ -1,0 +1,171 @@
+"""Prefill and decode servers of vLLM over NIXL, behind the proxy, started as `homkv serve --engine vllm` does.
+
+Run by .ci/vllm. The tests share one fleet and follow each other: the last ones take its decode server away.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from live_cases import HEAD_DIM, KV_HEADS, LAYERS, SMOLLM2, by_transformers, model_folder, text_tokens
+
+from homkv.spec import RowsSpec
+from homkv.vllm.blocks import BlockPlan
+from homkv.vllm.fleet import Fleet
+from homkv.vllm.launch import ServeOptions, commands
+
+PLAN = BlockPlan.of(RowsSpec.parse("balanced"), HEAD_DIM)
+OTHER = BlockPlan.of(RowsSpec.parse("small"), HEAD_DIM)  # equally large blocks: only the name tells them apart
+LEASE_S = 6
+NEW_TOKENS = 8
+
+
+def free_ports() -> int:
+    """A port with free ones behind it."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return min(int(found.getsockname()[1]), 60_000)
+
+
+OPTIONS = ServeOptions(
+    model=model_folder(),
+    served_name=SMOLLM2,
+    plan=PLAN,
+    port=free_ports(),
+    max_model_len=4096,
+    kv_gib=1,
+    lease_s=LEASE_S,
+    extra=("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "4096"),
+)
+CORES = len(os.sched_getaffinity(0))
+PREFILL, DECODE, ROUTER = commands(OPTIONS, CORES)
+client = httpx.Client(timeout=300)
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    with Fleet([PREFILL, DECODE, ROUTER], lambda name, text: print(f"{name}: {text}")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    return text_tokens()
+
+
+def body(prompt: list[int], count: int = NEW_TOKENS, **more: object) -> dict[str, object]:
+    usual = {"model": SMOLLM2, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+    return {**usual, "logprobs": 1, **more}
+
+
+def ask(url: str, prompt: list[int], **more: object) -> httpx.Response:
+    return client.post(f"{url}/v1/completions", json=body(prompt, **more))
+
+
+def answer(url: str, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Tokens and their logprobs."""
+    found = ask(url, prompt, return_token_ids=True)
+    assert found.status_code == 200, found.text
+    choice = found.json()["choices"][0]
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+def compare(prompt: list[int], found: tuple[list[int], list[float]]) -> None:
+    """An answer of the pair is the transformers path's, but for bfloat16."""
+    tokens, logprobs = found
+    assert len(tokens) == NEW_TOKENS
+    ((greedy, expected),) = by_transformers([prompt], [tokens], apart=True)
+    others = sum(a != b for a, b in zip(tokens, greedy, strict=True))
+    gap = sum(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) / len(tokens)
+    print(f"{len(prompt)} tokens: {others} of {len(tokens)} chosen otherwise, logprobs {gap:.4f} apart")
+    assert others <= 1
+    assert gap < 0.1
+
+
+def metric(url: str, name: str) -> float:
+    lines = client.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if re.match(rf"{re.escape(name)}[ {{]", line))
+
+
+def await_freed(url: str, within_s: float) -> float:
+    """Seconds until a server holds no block for any request."""
+    start = time.monotonic()
+    while metric(url, "vllm:kv_cache_usage_perc") > 0:
+        assert time.monotonic() - start < within_s, "blocks were not freed"
+        time.sleep(0.5)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("length", [60, 129, 700])
+def test_a_pair_answers_as_the_transformers_path_does(fleet: Fleet, ids: list[int], length: int) -> None:
+    prompt = ids[length : 2 * length]
+    compare(prompt, answer(ROUTER.url, prompt))
+
+
+def test_the_wire_carries_pages(fleet: Fleet, ids: list[int]) -> None:
+    """Bytes as vLLM's own metrics count them, and what 16-bit KV of as many tokens would be."""
+    length = 3000
+    before = metric(DECODE.url, "vllm:nixl_bytes_transferred_sum")
+    answer(ROUTER.url, ids[:length])
+    sent = metric(DECODE.url, "vllm:nixl_bytes_transferred_sum") - before
+    assert sent == PLAN.kv_bytes(length, HEAD_DIM) * LAYERS * KV_HEADS
+    plain = length * 2 * HEAD_DIM * 2 * LAYERS * KV_HEADS
+    print(f"{length} tokens: {sent / 2**20:.2f} MiB instead of {plain / 2**20:.2f} MiB in 16 bits, {plain / sent:.2f}x")
+    assert plain / sent > 4
+
+
+def test_prefill_blocks_are_freed_when_they_were_fetched(fleet: Fleet) -> None:
+    await_freed(PREFILL.url, within_s=3)
+    await_freed(DECODE.url, within_s=3)
+
+
+def test_prefill_blocks_that_nobody_fetches_are_freed_with_their_lease(fleet: Fleet, ids: list[int]) -> None:
+    params = {"do_remote_decode": True, "do_remote_prefill": False}
+    assert ask(PREFILL.url, ids[5:905], count=1, kv_transfer_params=params).status_code == 200
+    assert metric(PREFILL.url, "vllm:kv_cache_usage_perc") > 0
+    await_freed(PREFILL.url, within_s=5 * LEASE_S)
+
+
+def stream_until(prompt: list[int], kill: Fleet) -> list[dict[str, object] | str]:
+    """Stream a long answer and take the decode server away behind its third event."""
+    events: list[dict[str, object] | str] = []
+    request = body(prompt, 400, stream=True)
+    with client.stream("POST", f"{ROUTER.url}/v1/completions", json=request) as found:
+        for line in found.iter_lines():
+            if line.startswith("data: "):
+                text = line.removeprefix("data: ")
+                events.append(text if text == "[DONE]" else json.loads(text))
+                if len(events) == 3:
+                    kill.kill(DECODE.name)
+    return events
+
+
+def test_a_decode_server_dies_and_the_client_is_told(fleet: Fleet, ids: list[int]) -> None:
+    events = stream_until(ids[20:720], fleet)
+    assert "[DONE]" not in events
+    assert isinstance(events[-1], dict)
+    assert "error" in events[-1]
+    assert ask(ROUTER.url, ids[:100]).status_code == 502
+    await_freed(PREFILL.url, within_s=5 * LEASE_S)
+
+
+def test_another_format_is_refused_at_the_handshake(fleet: Fleet, ids: list[int]) -> None:
+    _, other, _ = commands(dataclasses.replace(OPTIONS, plan=OTHER), CORES)
+    fleet.add(other)
+    found = ask(ROUTER.url, ids[:300])
+    assert found.status_code >= 500, found.text
+    assert "compatibility hash mismatch" in (fleet.logs / f"{DECODE.name}.log").read_text(errors="replace")
+    await_freed(PREFILL.url, within_s=5 * LEASE_S)
+    fleet.kill(other.name)
+
+
+def test_a_restarted_decode_server_answers_in_full(fleet: Fleet, ids: list[int]) -> None:
+    fleet.add(DECODE)
+    prompt = ids[20:720]
+    compare(prompt, answer(ROUTER.url, prompt))
