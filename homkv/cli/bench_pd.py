@@ -53,9 +53,9 @@ def pd(
 
 
 def given(context: typer.Context) -> dict[str, Any]:
-    """Options of a command line by the names of their fields, without those left to their default None."""
-    values = {name: value for name, value in context.params.items() if value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    """Options of a command line by the names of their fields, without those that were left out and have no default."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in context.params.items()}
+    return {name: value for name, value in values.items() if value not in (None, ())}
 
 
 def make_options(values: dict[str, Any]) -> "PdOptions":

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from homkv.bench.jct.plots import plot
 from homkv.bench.jct.replay import Prompt, cut_prompts
 from homkv.bench.jct.report import print_report
-from homkv.bench.jct.run import JctBench, JctOptions, trace_requests, uniform_requests
+from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, trace_requests, uniform_requests
 from homkv.bench.jct.summary import rate_at_p99, summarize
 from homkv.cli import main
 from homkv.cli.bench_jct import parse_range
@@ -155,3 +156,30 @@ def test_rates_at_equal_p99() -> None:
     assert (bound.rate_rps, bound.is_bound) == (3.0, True)
     assert rate_at_p99(points, 1.0, "x") is None
     assert rate_at_p99([], 1.0, "x") is None
+
+
+def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[JctOptions] = []
+    monkeypatch.setattr("homkv.cli.bench_jct.show", lambda options, plots, console: seen.append(options))
+    monkeypatch.setattr(
+        sys, "argv", ["homkv", "bench", "jct", "--real", "--ablations", "--requests", "3", "--rate", "2", "--no-steps"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    requests = tuple(uniform_requests(3, (256, 768), (16, 48), 2.0, seed=0))
+    usual = JctOptions(requests, Path("runs/jct.jsonl"), steps=False)
+    assert seen == [replace(usual, formats=usual.formats + ABLATIONS)]
+
+
+def test_records_are_reported(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parent.parent.parent / "benchmarks" / "results"
+    names = [str(folder / f"pd-h100x2{end}.jsonl") for end in ("", "-pages")]
+    monkeypatch.setattr(sys, "argv", ["homkv", "bench", "report", *names])
+    monkeypatch.setenv("COLUMNS", "140")
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    at_10 = next(i for i, line in enumerate(lines) if "10 Gb/s" in line)
+    small = next(line for line in lines[at_10:] if line.strip().startswith("small"))
+    assert small.split()[1:4] == ["3.18", "3.33", "4.14"]
+    assert small.split()[-2:] == ["0.61", "0.88"]

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,15 @@ def test_the_command_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys
         main()
     assert caught.value.code == 2
     assert "expected direct, tcp or a rate" in capsys.readouterr().err
+
+
+def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PdOptions] = []
+    monkeypatch.setattr("homkv.cli.bench_pd.show", lambda options, console: seen.append(options))
+    words = "bench pd --prefill cpu --decode cpu --decode cpu --model tiny --link 2 --link tcp --overlap both --rate 3"
+    monkeypatch.setattr(sys, "argv", ["homkv", *words.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code in (0, None)
+    usual = PdOptions(("cpu",), ("cpu", "cpu"), Path("runs/pd.jsonl"), model="tiny")
+    assert seen == [replace(usual, links=("2", "tcp"), overlaps=(True, False), rate_rps=3.0)]
