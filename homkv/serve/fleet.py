@@ -183,8 +183,9 @@ class Fleet:
         """Close all connections."""
         self._connectors.shutdown(cancel_futures=True)
         for member in self.members:
-            if member._connecting is not None and member._connecting.done() and not member._connecting.exception():
-                member.peer = member._connecting.result()
+            made = member._connecting  # finished or cancelled: shutdown() has waited
+            if made is not None and not made.cancelled() and made.exception() is None:
+                member.peer = made.result()
             if member.peer is not None:
                 member.peer.close()
                 member.peer = None

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from serve_cases import ENDPOINT, OPEN, OPTIONS, PATIENCE_S, Running, prompt, twin, wait_until
@@ -13,6 +14,7 @@ from homkv.errors import CapacityError, HomkvError, TransferError
 from homkv.models import LoadedModel
 from homkv.serve.decode import DecodeInstance
 from homkv.serve.dispatch import Dispatcher
+from homkv.serve.fleet import Address
 from homkv.serve.lifecycle import ENDS, Record
 from homkv.serve.messages import Progress, Sampling, Token
 from homkv.serve.prefill import PrefillInstance
@@ -240,3 +242,15 @@ def test_closing_ends_every_request(loaded: LoadedModel) -> None:
         with pytest.raises(TransferError, match="closed"):
             dispatcher.submit(QUERY, lambda event: None)
         wait_until(lambda: d.instance.num_requests == 0 and p.instance.num_requests == 0)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_closing_while_it_still_connects() -> None:
+    """More instances than connectors, none of them there: some connections are under way, some have not begun."""
+    nowhere = [Address(f"tcp://127.0.0.1:{port}", None) for port in range(1, 13)]
+    made = Dispatcher(nowhere, nowhere, OPEN, options=replace(OPTIONS, peer_timeout_s=0.5))
+    asked = Asked(made)
+    made.close()
+    made.close()
+    assert asked.end().record.state == "cancelled"
+    assert not made.is_running
