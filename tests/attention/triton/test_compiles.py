@@ -10,7 +10,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("launches", ["test_encode.py", "test_window.py", "test_hack_encode.py"])
+@pytest.mark.parametrize(
+    "launches", ["test_decode.py", "test_encode.py", "test_hack_encode.py", "test_warp.py", "test_window.py"]
+)
 def test_launches_compile(launches: str) -> None:
     command = [
         sys.executable,
