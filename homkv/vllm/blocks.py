@@ -55,7 +55,7 @@ class BlockPlan:
         if match is None or match.groups()[1:3] != versions or int(match[4]) % PAGE_TOKENS or int(match[4]) == 0:
             raise FormatError(
                 f"expected a backend HOMKV_<format>_P{versions[0]}_L{versions[1]}_B<multiple of {PAGE_TOKENS}>, found "
-                f"{name!r}; `homkv serve vllm --dry-run` prints the one for a model"
+                f"{name!r}; `homkv serve --engine vllm --dry-run` prints the one for a model"
             )
         return cls(RowsSpec.parse(match[1].lower()), int(match[4]))
 
@@ -71,7 +71,7 @@ class BlockPlan:
             raise UnsupportedError(
                 f"expected backend {needed.name} with --block-size {needed.block_size} for head_dim {head_dim} and "
                 f"{raw_bytes}-byte keys and values, found {self.name} with --block-size {block_size}; use these, or "
-                "let `homkv serve vllm` set them"
+                "let `homkv serve --engine vllm` set them"
             )
 
     def block_bytes(self, head_dim: int) -> int:
