@@ -66,7 +66,8 @@ class PagedCache(SequenceTable):
             return torch.empty(shape, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"expected memory for {self.num_layers} layers of about {list(shape)} on {self.device}, found too little; "
+                f"expected memory for {self.num_layers} layers of about {list(shape)}, found too little on "
+                f"{self.device}; "
                 "build the cache for fewer or shorter sequences (max_tokens)"
             ) from error
 

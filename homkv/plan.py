@@ -48,7 +48,13 @@ class LayerPlan:
             raise FormatError(f"expected a model's fingerprint of 32 hex digits, found {self.model!r}")
         if not 0 < len(self.layers) <= MAX_LAYERS:
             raise FormatError(f"expected 1 to {MAX_LAYERS} layers, found {len(self.layers)}")
-        object.__setattr__(self, "layers", tuple(RowsSpec.parse(name).name for name in self.layers))
+        specs = [RowsSpec.parse(name) for name in self.layers]
+        object.__setattr__(self, "layers", tuple(spec.name for spec in specs))
+        windows = sorted({spec.min_window for spec in specs})
+        if len(windows) > 1:
+            raise FormatError(
+                f"expected one window in all layers of a plan, found {windows}; their pages must be equal"
+            )
 
     @property
     def title(self) -> str:
@@ -69,7 +75,7 @@ class LayerPlan:
             raise FormatError(f"expected {BASE}:model=…,version=…,layers=…, found the keys {sorted(options)}")
         layers: list[str] = []
         for run in options["layers"].split("/"):
-            match = re.fullmatch(r"(k[0-9]{4}v[0-9]{4})(?:\*([0-9]{1,4}))?", run)
+            match = re.fullmatch(r"(k[0-9]{4}v[0-9]{4}(?:w[0-9]+)?)(?:\*([0-9]{1,4}))?", run)
             if match is None:
                 raise FormatError(f"expected runs like k4420v2222*12, found {run!r} in a per-layer format")
             layers += [match[1]] * int(match[2] or 1)
@@ -96,7 +102,7 @@ class LayerPlan:
         """Read :meth:`dumps`. Raises FormatError that names what is wrong with it."""
         try:
             plan = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets without end
             raise FormatError(f"expected JSON in {where}, found: {error}") from error
         if not isinstance(plan, dict) or set(plan) != FIELDS:
             found = sorted(plan) if isinstance(plan, dict) else type(plan).__name__

@@ -25,7 +25,7 @@ from homkv.plan import LayerPlan
 from homkv.spec import NUM_SINKS, PAGE_TOKENS, RowsSpec
 from homkv.texts import SHA256, essays
 
-BACKGROUND = "k8888v8888"  # of the layers that are not being measured
+BACKGROUND = (8, 8, 8, 8)  # bits of the layers that are not being measured
 CANDIDATES = ("k2220v2222", "k4220v2222", "k4420v2222", "k8420v2222", "k4420v4222", "k8420v4222", "k8440v4444")
 Begin = Callable[[str, int], Callable[[], None]]  # (what, steps) -> called once per step
 
@@ -153,7 +153,8 @@ def calibrate(loaded: LoadedModel, options: CalibrationOptions, begin: Begin) ->
 
 def _one_layer(loaded: LoadedModel, layer: int, name: str) -> LayerPlan:
     """``name`` in one layer, 8 bits in all others."""
-    formats = [BACKGROUND] * loaded.num_layers
+    background = RowsSpec(BACKGROUND, BACKGROUND, RowsSpec.parse(name).min_window).name
+    formats = [background] * loaded.num_layers
     formats[layer] = name
     return LayerPlan(loaded.fingerprint, tuple(formats))
 

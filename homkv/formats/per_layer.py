@@ -22,13 +22,13 @@ class PerLayerCodec(PageCodec):
 
     page_tokens = RowsCodec.page_tokens
     num_sinks = RowsCodec.num_sinks
-    min_window = RowsCodec.min_window
     impls = RowsCodec.impls
 
     def __init__(self, head_dim: int, plan: LayerPlan, order: Sequence[int] | None = None) -> None:
         super().__init__(head_dim)
         self.plan, self.name = plan, plan.title
         codecs = {name: RowsCodec(head_dim, RowsSpec.parse(name), order) for name in dict.fromkeys(plan.layers)}
+        self.min_window = codecs[plan.layers[0]].min_window
         self._layers = [codecs[name] for name in plan.layers]
         self.page_bytes = max(codec.page_bytes for codec in codecs.values())
         digest = xxhash.xxh3_128_hexdigest("/".join(codec.layout_id for codec in self._layers).encode())
