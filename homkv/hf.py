@@ -359,9 +359,9 @@ def attach(
     """Let a transformers model keep its KV cache as pages inside a ``with`` block.
 
     ``kv_cache_dtype``: a format's name (`homkv formats`) or a plan file (`homkv calibrate`). ``impl``: "cpu", "triton"
-    (GPUs) or "reference"; None takes the format's first on the model's device. ``exact_dtype``: of sinks and window; None takes the model's 16-bit dtype,
-    or float16 for a float32 model. ``max_tokens``: longest sequence, for which a GPU's memory is taken; None takes the
-    model's context.
+    (GPUs) or "reference"; None takes the format's first on the model's device. ``exact_dtype``: of sinks and window;
+    None takes the model's 16-bit dtype, or float16 for a float32 model. ``max_tokens``: longest sequence, for which a
+    GPU's memory is taken; None takes the model's context.
     Raises FormatError for an unknown format, UnsupportedError for a head_dim, an attention or a placement not covered.
     """
     codec, settings = measure(model, kv_cache_dtype, exact_dtype)

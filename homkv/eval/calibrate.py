@@ -2,12 +2,11 @@
 
 For every layer and candidate format the model runs with that layer in the format and all others in 8 bits; the KL to
 the exact model is the layer's sensitivity. A greedy choice then spends the budget where a byte lowers the sum of the
-sensitivities most, on the convex hull of each layer's candidates. At last the plan and the candidates themselves are
+sensitivities most. At last the plan and the candidates themselves are
 measured on other texts. The idea of searching layer by layer is KVTuner's (arXiv 2502.04420); its pairs of bits are
-rows formats here, and its intra-layer pruning is the convex hull.
+rows formats here.
 """
 
-import heapq
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,49 +65,27 @@ def choose(sensitivity: Sequence[Mapping[str, float]], bits: Mapping[str, float]
     """Formats of the layers whose mean of ``bits`` is within the budget and whose sum of KL is low.
 
     ``sensitivity[layer][format]``: KL with only this layer in the format. Every layer starts at its cheapest format;
-    the upgrade with the steepest fall of KL per bit goes first, along the lower convex hull of each layer, as long as
-    it fits. Raises FormatError if the cheapest formats are above the budget.
+    of all changes that fit, the one with the steepest fall of KL per bit goes first. While everything fits, this walks
+    along the lower convex hulls of the layers; the last bits go to whoever can use them. Raises FormatError if the
+    cheapest format is above the budget.
     """
-    hulls = [_hull(layer, bits) for layer in sensitivity]
-    cheapest = min(bits.values())
-    room = (budget_bits - cheapest) * len(hulls)
+    cheapest = min(bits, key=lambda name: (bits[name], name))
+    room = (budget_bits - bits[cheapest]) * len(sensitivity)
     if room < 0:
-        raise FormatError(f"expected a budget of at least {cheapest:.3f} bits, found {budget_bits}; allow more bits")
-    at = [0] * len(hulls)
-    queue: list[tuple[float, int]] = []
-
-    def offer(layer: int) -> None:
-        if at[layer] + 1 < len(hulls[layer]):
-            here, there = hulls[layer][at[layer]], hulls[layer][at[layer] + 1]
-            slope = (sensitivity[layer][there] - sensitivity[layer][here]) / (bits[there] - bits[here])
-            heapq.heappush(queue, (slope, layer))
-
-    for layer in range(len(hulls)):
-        offer(layer)
-    while queue:
-        _, layer = heapq.heappop(queue)
-        cost = bits[hulls[layer][at[layer] + 1]] - bits[hulls[layer][at[layer]]]
-        if cost > room + 1e-9:  # this layer stays; a cheaper upgrade of another may still fit
-            continue
-        room -= cost
-        at[layer] += 1
-        offer(layer)
-    return [hull[i] for hull, i in zip(hulls, at, strict=True)]
-
-
-def _hull(kl: Mapping[str, float], bits: Mapping[str, float]) -> list[str]:
-    """Formats on the lower convex hull of (bits, KL), from the cheapest to the one of least KL."""
-    hull: list[str] = []
-    for name in sorted(kl, key=lambda n: (bits[n], kl[n])):
-        if hull and kl[name] >= kl[hull[-1]]:
-            continue  # dearer and no better
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (kl[b] - kl[a]) * (bits[name] - bits[a]) < (kl[name] - kl[a]) * (bits[b] - bits[a]):
-                break
-            hull.pop()
-        hull.append(name)
-    return hull
+        raise FormatError(f"expected a budget of at least {bits[cheapest]:.3f} bits, found {budget_bits}; allow more")
+    chosen = [cheapest] * len(sensitivity)
+    while True:
+        steps = [
+            ((kl[name] - kl[now]) / (bits[name] - bits[now]), layer, name)
+            for layer, (kl, now) in enumerate(zip(sensitivity, chosen, strict=True))
+            for name in bits
+            if 0 < bits[name] - bits[now] <= room + 1e-9 and kl[name] < kl[now]
+        ]
+        if not steps:
+            return chosen
+        _, layer, name = min(steps)
+        room -= bits[name] - bits[chosen[layer]]
+        chosen[layer] = name
 
 
 @torch.no_grad()
@@ -131,7 +108,7 @@ def calibrate(loaded: LoadedModel, options: CalibrationOptions, begin: Begin) ->
     provenance = {
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "method": "KL of one layer at a time on exact prefixes, greedy per bit on convex hulls",
+        "method": "KL of one layer at a time on exact prefixes, greedy per bit",
         "budget_bits": options.budget_bits,
         "bits_per_element": sum(bits[name] for name in layers) / len(layers),
         "context": options.context,
