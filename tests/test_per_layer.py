@@ -95,3 +95,26 @@ def test_a_longer_window_keeps_more_tokens_exact() -> None:
     assert make_codec("k4420v2222w64", D).name == "k4420v2222"
     with pytest.raises(FormatError, match="window"):
         make_codec("k4420v2222w65", D)
+
+
+@pytest.mark.parametrize("window", [128, 256])
+def test_a_longer_window_is_attended_to_and_sealed_token_by_token(window: int) -> None:
+    """The C++ kernel agrees with the reference, and one token at a time leaves the bytes of all at once."""
+    name, (k, v) = f"k4420v2222w{window}", tokens(window + 80)
+    caches = [make_cache(name, impl) for impl in ("cpu", "reference")]
+    ids = [cache.new_sequence() for cache in caches]
+    outs = []
+    for cache, seq in zip(caches, ids, strict=True):
+        cache.append(0, seq, k[:, :-20], v[:, :-20])
+        for t in range(k.shape[1] - 20, k.shape[1]):
+            out = cache.attend(0, [seq], k[None, :, t : t + 1], k[None, :, t : t + 1], v[None, :, t : t + 1], 0.125)
+        outs.append(out)
+    assert (outs[0] - outs[1]).abs().max() < 0.02
+    whole = make_cache(name, "cpu")
+    whole_seq = whole.new_sequence()
+    whole.append(0, whole_seq, k, v)
+    for cache, seq in zip(caches, ids, strict=True):
+        found, expected = cache.export_layer(0, seq), whole.export_layer(0, whole_seq)
+        assert found.pages.shape[0] == 1
+        assert torch.equal(found.pages, expected.pages)
+        assert torch.equal(found.exact_k, expected.exact_k)
