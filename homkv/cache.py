@@ -47,21 +47,27 @@ class PagedCache(SequenceTable):
         self.impl = api.resolve_impl(codec, impl, self.device)
         self.codecs = [codec.at_layer(layer, num_layers) for layer in range(num_layers)]
         super().__init__(codec, num_layers, num_blocks, max_sequences)
-        page_shape = (max(num_blocks, 1), num_kv_heads, codec.page_bytes)
-        self._pools = self._allocate(page_shape, torch.uint8)
+        self._pools = [
+            self._allocate((max(num_blocks, 1), num_kv_heads, c.page_bytes), torch.uint8) for c in self.codecs
+        ]
         exact_shape = (max_sequences, num_kv_heads, codec.num_sinks + codec.max_window, codec.head_dim)
-        self._exact_k, self._exact_v = (self._allocate(exact_shape, exact_dtype) for _ in "kv")
+        self._exact_k, self._exact_v = (
+            [self._allocate(exact_shape, exact_dtype) for _ in range(num_layers)] for _ in "kv"
+        )
         self.status = torch.zeros(1, dtype=torch.int32, device=self.device)  # set where a value could not be stored
         self._status = None if self.device.type == "cpu" else self.status  # for calls that raise unless given one
-        self._digests = PageDigests(num_layers, page_shape[0], num_kv_heads * codec.page_bytes, self.device)
+        largest = max((c.page_bytes for c in self.codecs), default=0)
+        self._digests = PageDigests(num_layers, max(num_blocks, 1), num_kv_heads * largest, self.device)
         self._upload = Uploader(self.device)
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """One layer's buffer."""
         try:
-            return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(self.num_layers)]
+            return torch.empty(shape, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"expected memory for {self.num_layers} layers of {list(shape)} on {self.device}, found too little; "
+                f"expected memory for {self.num_layers} layers of about {list(shape)}, found too little on "
+                f"{self.device}; "
                 "build the cache for fewer or shorter sequences (max_tokens)"
             ) from error
 
@@ -81,7 +87,7 @@ class PagedCache(SequenceTable):
         """Bytes this sequence occupies in all layers: pages, sinks and window."""
         n = [self.num_tokens(seq_id, layer) for layer in range(self.num_layers)]
         width = self.exact_dtype.itemsize
-        return self.num_kv_heads * sum(self.codec.kv_bytes(tokens, width) for tokens in n)
+        return self.num_kv_heads * sum(c.kv_bytes(tokens, width) for c, tokens in zip(self.codecs, n, strict=True))
 
     @property
     def allocated_bytes(self) -> int:
@@ -262,7 +268,7 @@ class PagedCache(SequenceTable):
 
     def _settle(self, layer: int, seq_id: int) -> None:
         """Bring a layer to its resting state after one token: requantize an open block, seal a full one."""
-        sequence, codec = self._sequence(seq_id), self.codec
+        sequence, codec = self._sequence(seq_id), self.codecs[layer]
         slot, sinks = sequence.slot, codec.num_sinks
         pages, held = self._counts(layer, sequence)
         position = sinks + pages * codec.page_tokens
@@ -276,15 +282,14 @@ class PagedCache(SequenceTable):
 
     def _attend_chunk(self, layer: int, seq_id: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """T tokens of one sequence, ``q [H, T, D]``: exact triangle, merged with attention over what is stored."""
+        codec = self.codecs[layer]
         if self.num_tokens(seq_id, layer) == 0:
-            o = api.prefill(self.codec, q[None], k[None], v[None], softmax_scale, impl=self.impl)[0]
-        elif api.computes_quantized_prefill(self.codec):
-            raise UnsupportedError(
-                f"expected the whole prompt at once for {self.codec.name}, found a later chunk of it"
-            )
+            o = api.prefill(codec, q[None], k[None], v[None], softmax_scale, impl=self.impl)[0]
+        elif api.computes_quantized_prefill(codec):
+            raise UnsupportedError(f"expected the whole prompt at once for {codec.name}, found a later chunk of it")
         else:
             view = self.view(layer, [seq_id])
-            o = api.extend(q[None], k[None], v[None], view, self.codecs[layer], softmax_scale, impl=self.impl)[0]
+            o = api.extend(q[None], k[None], v[None], view, codec, softmax_scale, impl=self.impl)[0]
         self._store(layer, self._sequence(seq_id), k, v)
         return o
 
@@ -347,9 +352,10 @@ class PagedCache(SequenceTable):
         sequence = self._sequence(seq_id)
         if self.num_tokens(seq_id, layer):
             raise HomkvError(f"expected layer {layer} of sequence {seq_id} to be empty, found tokens in it")
-        n = self.codec.num_pages(content.num_tokens) - first_page
-        pages = (n, self.num_kv_heads, self.codec.page_bytes)
-        exact = (self.num_kv_heads, self.codec.num_exact(content.num_tokens), self.codec.head_dim)
+        codec = self.codecs[layer]
+        n = codec.num_pages(content.num_tokens) - first_page
+        pages = (n, self.num_kv_heads, codec.page_bytes)
+        exact = (self.num_kv_heads, codec.num_exact(content.num_tokens), codec.head_dim)
         found = (tuple(content.pages.shape), tuple(content.exact_k.shape), tuple(content.exact_v.shape))
         dtypes = (content.pages.dtype, content.exact_k.dtype, content.exact_v.dtype)
         if found != (pages, exact, exact) or dtypes != (torch.uint8, self.exact_dtype, self.exact_dtype):

@@ -16,10 +16,13 @@ def random_weights(num_words: int) -> Tensor:
 def checksum(pages: Tensor, weights: Tensor) -> Tensor:
     """``sum_i weight[i] word[i] mod 2^64`` over the 32-bit words of ``pages [N, ...] uint8``: ``[N] int64``.
 
+    There may be more weights than words.
+
     Plain tensor arithmetic, so a GPU computes it without waiting for the host. The weights are odd: any change of a
     single word changes the sum.
     """
-    return (pages.flatten(1).view(torch.int32) * weights).sum(1)
+    words = pages.flatten(1).view(torch.int32)
+    return (words * weights[: words.shape[1]]).sum(1)
 
 
 class PageDigests:

@@ -21,8 +21,10 @@ from homkv.attention.prefill import causal
 from homkv.cache import PagedCache
 from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
-from homkv.models.describe import measure_rope, probe_cache, refuse_unsupported
+from homkv.formats.per_layer import require_model
+from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported
 from homkv.models.forward import CACHE_NAMES, cache_argument
+from homkv.plan import spelled
 from homkv.spec import DEFAULT_FORMAT
 
 ATTENTION_NAME = "homkv"
@@ -356,10 +358,10 @@ def attach(
 ) -> Attachment:
     """Let a transformers model keep its KV cache as pages inside a ``with`` block.
 
-    ``kv_cache_dtype``: a format's name (`homkv formats`). ``impl``: "cpu", "triton" (GPUs) or "reference"; None takes
-    the format's first on the model's device. ``exact_dtype``: of sinks and window; None takes the model's 16-bit dtype,
-    or float16 for a float32 model. ``max_tokens``: longest sequence, for which a GPU's memory is taken; None takes the
-    model's context.
+    ``kv_cache_dtype``: a format's name (`homkv formats`) or a plan file (`homkv calibrate`). ``impl``: "cpu", "triton"
+    (GPUs) or "reference"; None takes the format's first on the model's device. ``exact_dtype``: of sinks and window;
+    None takes the model's 16-bit dtype, or float16 for a float32 model. ``max_tokens``: longest sequence, for which a
+    GPU's memory is taken; None takes the model's context.
     Raises FormatError for an unknown format, UnsupportedError for a head_dim, an attention or a placement not covered.
     """
     codec, settings = measure(model, kv_cache_dtype, exact_dtype)
@@ -378,7 +380,8 @@ def measure(
     if len(devices) > 1:
         raise UnsupportedError(f"expected a model on one device, found {name} on {', '.join(sorted(devices))}; move it")
     keys, _ = probe_cache(model, name)
-    codec = make_codec(kv_cache_dtype, keys.shape[-1], measure_rope(model, keys))
+    codec = make_codec(spelled(kv_cache_dtype), keys.shape[-1], measure_rope(model, keys))
+    require_model(codec, lambda: fingerprint(model), config.num_hidden_layers)
     if exact_dtype is None:
         exact_dtype = torch.float16 if model.dtype not in (torch.float16, torch.bfloat16) else model.dtype
     return codec, {

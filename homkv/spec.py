@@ -14,6 +14,7 @@ FORMAT_VERSION = 1  # of the page bytes; any change of layout or meaning raises 
 PAGE_TOKENS = 64
 NUM_SINKS = 4
 MIN_WINDOW = 64
+WINDOWS = (64, 128, 192, 256)  # tokens that stay exact at least; a name without wN means MIN_WINDOW
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DIGITS = (0, 2, 4, 8)
 PAGE_ALIGN = 64  # bytes: a page starts on a cache line, so vector loads and DMA never straddle
@@ -78,32 +79,41 @@ class PageLayout:
 
 @dataclass(frozen=True)
 class RowsSpec:
-    """Bits of the four quarters of K (slowest to fastest RoPE frequency) and of V."""
+    """Bits of the four quarters of K (slowest to fastest RoPE frequency) and of V, and the shortest exact window.
+
+    The window decides which tokens become pages, not what a page is.
+    """
 
     k_bits: tuple[int, int, int, int]
     v_bits: tuple[int, int, int, int]
+    min_window: int = MIN_WINDOW
 
     def __post_init__(self) -> None:
         for bits in (self.k_bits, self.v_bits):
             if len(bits) != 4 or any(b not in DIGITS for b in bits):
                 raise FormatError(f"expected four digits out of {DIGITS}, found {bits}; for example k4420v2222")
+        if self.min_window not in WINDOWS:
+            raise FormatError(
+                f"expected a window out of {WINDOWS}, found {self.min_window}; for example k4420v2222w128"
+            )
 
     @classmethod
     def parse(cls, name: str) -> "RowsSpec":
-        """Read ``kABCDvEFGH`` or a preset's name. Raises FormatError."""
-        match = re.fullmatch(r"k([0248]{4})v([0248]{4})", PRESETS.get(name, name))
+        """Read ``kABCDvEFGH``, ``kABCDvEFGHwN`` or a preset's name. Raises FormatError."""
+        match = re.fullmatch(r"k([0248]{4})v([0248]{4})(?:w([1-9][0-9]{0,4}))?", PRESETS.get(name, name))
         if match is None:
             raise FormatError(
-                f"expected a preset ({', '.join(PRESETS)}) or kABCDvEFGH with digits 0, 2, 4, 8, found {name!r}; "
+                f"expected a preset ({', '.join(PRESETS)}) or kABCDvEFGH[wN] with digits 0, 2, 4, 8, found {name!r}; "
                 "`homkv formats` lists all formats"
             )
-        k, v = (tuple(int(d) for d in group) for group in match.groups())
-        return cls(k, v)  # type: ignore[arg-type]  # the pattern fixes the length
+        k, v = (tuple(int(d) for d in group) for group in match.groups()[:2])
+        return cls(k, v, int(match[3] or MIN_WINDOW))  # type: ignore[arg-type]  # the pattern fixes the length
 
     @cached_property
     def name(self) -> str:
-        """``kABCDvEFGH``."""
-        return "k" + "".join(map(str, self.k_bits)) + "v" + "".join(map(str, self.v_bits))
+        """``kABCDvEFGH``, with ``wN`` for another window than the usual one."""
+        window = "" if self.min_window == MIN_WINDOW else f"w{self.min_window}"
+        return "k" + "".join(map(str, self.k_bits)) + "v" + "".join(map(str, self.v_bits)) + window
 
     def layout(self, head_dim: int) -> PageLayout:
         """Byte offsets for one head_dim. Raises UnsupportedError if the head_dim is not covered."""

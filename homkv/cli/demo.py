@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homkv.errors import ShapeError, UnsupportedError
+from homkv.plan import spelled
 from homkv.spec import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Answer a question about an essay: prefill in one process, decode in another, pages over the wire."""
+    kv_cache_dtype = spelled(kv_cache_dtype)
     _check(kv_cache_dtype, link_gbps, prompt_tokens, max_new_tokens)
     if question is not None and not question.strip():
         raise ShapeError("expected a question, found an empty one; leave --question out for the demo's own")

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from homkv.plan import spelled
+
 if TYPE_CHECKING:
     from homkv.eval.report import QualityRow
 
@@ -34,7 +36,7 @@ def evaluate(
     from homkv.models import load_model
 
     console = Console()
-    formats = tuple(dict.fromkeys(kv_cache_dtype or DEFAULT_FORMATS))
+    formats = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
     options = QualityOptions(formats, chunks, prefix, scored, passkeys, impl=impl)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -15,6 +15,7 @@ from homkv.cache import PagedCache
 from homkv.errors import ShapeError
 from homkv.eval.compare import kl_divergence
 from homkv.formats import make_codec
+from homkv.formats.per_layer import require_model
 from homkv.hf import Attachment, KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits, returned_cache
@@ -66,6 +67,7 @@ def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int) -> ExactRun:
 def store_prefix(loaded: LoadedModel, exact: ExactRun, kv_cache_dtype: str, impl: str | None = None) -> KVCache:
     """Put the exact prefix into a fresh paged cache with room for the rest of ``ids``."""
     codec = make_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
+    require_model(codec, lambda: loaded.fingerprint, loaded.num_layers)
     batch, total = exact.ids.shape
     paged = PagedCache(
         codec,

@@ -14,8 +14,11 @@ from homkv.formats.hack import HackCodec, HackOptions
 from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
 from homkv.formats.kivi import KiviCodec, KiviOptions
 from homkv.formats.kvquant import KvquantCodec, KvquantOptions
+from homkv.formats.per_layer import PerLayerCodec
 from homkv.formats.rows import RowsCodec
 from homkv.formats.turbo import TurboCodec, TurboOptions
+from homkv.plan import BASE as PER_LAYER
+from homkv.plan import LayerPlan
 from homkv.rope import RopeSpec
 from homkv.spec import PRESETS, RowsSpec
 
@@ -29,6 +32,7 @@ WITH_OPTIONS: dict[str, Callable[[int, Switches, Channels], PageCodec]] = {
     "hack-2026": lambda head_dim, options, _: Hack2026Codec(head_dim, Hack2026Options.parse(options)),
     "kivi": lambda head_dim, options, _: KiviCodec(head_dim, KiviOptions.parse(options)),
     "kvquant": lambda head_dim, options, rope: KvquantCodec(head_dim, KvquantOptions.parse(options), rotation(rope)),
+    PER_LAYER: lambda head_dim, options, rope: PerLayerCodec(head_dim, LayerPlan.from_options(options), order_of(rope)),
     "cachegen": lambda head_dim, options, _: CachegenCodec(head_dim, CachegenOptions.parse(options)),
     "turbo": lambda head_dim, options, _: TurboCodec(head_dim, TurboOptions.parse(options)),
     "decoquant": lambda head_dim, options, _: DecoquantCodec(head_dim, DecoquantOptions.parse(options)),
@@ -63,6 +67,11 @@ def rotation(rope: Channels) -> RopeSpec | None:
     raise FormatError("expected a RopeSpec for a format that stores keys before RoPE, found an order of channels")
 
 
+def order_of(rope: Channels) -> Sequence[int] | None:
+    """Slot -> channel, from the slowest to the fastest RoPE pair; None: the natural order."""
+    return rope.channel_order() if isinstance(rope, RopeSpec) else rope
+
+
 def format_names() -> tuple[str, ...]:
     """Names that `homkv formats` lists; any ``kABCDvEFGH`` and any ``name:key=value,...`` works as well."""
     return (*PRESETS, *LISTED, "fp8", *EXACT_DTYPES)
@@ -83,7 +92,8 @@ def parse_options(name: str) -> tuple[str, dict[str, str]]:
 def make_codec(name: str, head_dim: int, rope: Channels = None) -> PageCodec:
     """Bind a format to a head.
 
-    ``name``: a preset (``balanced``), ``kABCDvEFGH``, a name of `homkv formats`, with ``:options`` where it has some.
+    ``name``: a preset (``balanced``), ``kABCDvEFGH``, a name of `homkv formats`, with ``:options`` where it has some,
+    or a plan's spelling (homkv.plan), which is for one model (see require_model).
     ``rope``: how the model rotates its keys, or only the order of channels (slot -> channel) that follows from it;
     None: not at all. Raises FormatError for an unknown name, or for a format that undoes the rotation and is given an
     order; UnsupportedError for a head_dim the format does not cover.
@@ -100,5 +110,4 @@ def make_codec(name: str, head_dim: int, rope: Channels = None) -> PageCodec:
     if base not in PRESETS and not base.startswith("k"):
         known = ", ".join(format_names())
         raise FormatError(f"expected one of {known} or kABCDvEFGH, found {name!r}; see `homkv formats`")
-    order = rope.channel_order() if isinstance(rope, RopeSpec) else rope
-    return RowsCodec(head_dim, RowsSpec.parse(base), order)
+    return RowsCodec(head_dim, RowsSpec.parse(base), order_of(rope))

@@ -6,7 +6,7 @@ only place that knows what the bytes of its pages mean; cache, wire and attentio
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,8 +67,8 @@ class PageCodec(ABC):
         """Window length at which the oldest ``page_tokens`` tokens become a page."""
         return self.min_window + self.page_tokens
 
-    def at_layer(self, layer: int, num_layers: int) -> Self:
-        """This codec for one layer of a model: the same unless a format treats layers differently."""
+    def at_layer(self, layer: int, num_layers: int) -> "PageCodec":
+        """What knows the pages of one layer of a model: this codec, unless a format treats layers differently."""
         return self
 
     @abstractmethod

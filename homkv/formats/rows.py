@@ -11,7 +11,7 @@ from homkv.errors import ShapeError
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
 from homkv.page import read_centre, read_rows, write_page
 from homkv.quant import class_slice, decode_scales, hadamard, quantize_keys, quantize_values
-from homkv.spec import FORMAT_VERSION, MIN_WINDOW, NUM_SINKS, PAGE_TOKENS, ChannelClass, RowsSpec
+from homkv.spec import FORMAT_VERSION, NUM_SINKS, PAGE_TOKENS, ChannelClass, RowsSpec
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -30,13 +30,12 @@ class RowsCodec(PageCodec):
 
     page_tokens = PAGE_TOKENS
     num_sinks = NUM_SINKS
-    min_window = MIN_WINDOW
     impls = ("cpu", "triton", "reference")
 
     def __init__(self, head_dim: int, spec: RowsSpec, order: Sequence[int] | None = None) -> None:
         super().__init__(head_dim)
         self.spec = spec
-        self.name = spec.name
+        self.name, self.min_window = spec.name, spec.min_window
         self.layout = spec.layout(head_dim)
         self.page_bytes = self.layout.page_bytes
         order = range(head_dim) if order is None else order

@@ -73,8 +73,9 @@ class PagesKV(StepKV):
         if isinstance(codec, HackCodec) and not codec.options.requantization_elimination:
             raise UnsupportedError(f"expected a window that stays as it is, found {codec.name}; use attach() for it")
         self.cache, self.seq_ids = cache, seq_ids
+        first = codec.at_layer(0, cache.num_layers)
         self.num_sequences, self.device = len(seq_ids), cache.device
-        self.is_capturable = cache.device.type == "cuda" and cache.impl == "triton" and isinstance(codec, RowsCodec)
+        self.is_capturable = cache.device.type == "cuda" and cache.impl == "triton" and isinstance(first, RowsCodec)
         self._views: list[LayerView] = []
         self._due = torch.empty(0)
 

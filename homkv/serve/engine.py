@@ -10,6 +10,7 @@ from homkv.attention.api import computes_quantized_prefill
 from homkv.cache import PagedCache
 from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
+from homkv.formats.per_layer import require_model
 from homkv.hf import KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
@@ -18,11 +19,13 @@ from homkv.seal import LayerContent
 from homkv.serve.convert import EXACT_DTYPE
 from homkv.serve.prefix import PrefixIndex
 from homkv.transport.assemble import SequencePlan
-from homkv.transport.wire import Expectation
+from homkv.transport.wire import Expectation, LayerLayout
 
 
 def expectation(loaded: LoadedModel, codec: PageCodec, source: str = "fp16") -> Expectation:
     """What prefill and decode must agree on for this model, format and source."""
+    codecs = (codec.at_layer(i, loaded.num_layers) for i in range(loaded.num_layers))
+    layers = tuple(LayerLayout(c.layout_id, c.page_bytes) for c in codecs)
     return Expectation(
         format=codec.name,
         layout_id=codec.layout_id,
@@ -33,6 +36,7 @@ def expectation(loaded: LoadedModel, codec: PageCodec, source: str = "fp16") -> 
         page_bytes=codec.page_bytes,
         exact_dtype=str(EXACT_DTYPE).removeprefix("torch."),  # type: ignore[arg-type]  # the wire checks the name
         source=source,
+        layers=layers if len(set(layers)) > 1 else (),
     )
 
 
@@ -205,6 +209,13 @@ class PagedEngine(Engine):
         damaged = self.cache.changed_blocks(self.prefixes.values())
         if damaged:
             raise HomkvError(f"expected kept pages as they were stored, found blocks {sorted(damaged)} changed")
+
+
+def codec_for(loaded: LoadedModel, kv_cache_dtype: str) -> PageCodec:
+    """Bind a format to a loaded model. Raises as serving_codec does, and FormatError for another model's plan."""
+    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
+    require_model(codec, lambda: loaded.fingerprint, loaded.num_layers)
+    return codec
 
 
 def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = None) -> PageCodec:

@@ -14,7 +14,7 @@ from homkv.hf import AttendingCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
 from homkv.seal import LayerContent
-from homkv.serve.engine import Engine, PagedEngine, serving_codec
+from homkv.serve.engine import Engine, PagedEngine, codec_for
 
 
 @dataclass
@@ -117,7 +117,7 @@ class ExactEngine(Engine):
 
 def make_engine(loaded: LoadedModel, kv_cache_dtype: str, max_tokens: int, max_sequences: int) -> Engine:
     """Build the engine of a format. Raises FormatError, or UnsupportedError for a head_dim not covered."""
-    codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
+    codec = codec_for(loaded, kv_cache_dtype)
     if codec.restored_on_arrival:
         return ExactEngine(loaded, codec, max_tokens, max_sequences)
     return PagedEngine(loaded, codec, max_tokens, max_sequences)

@@ -56,7 +56,9 @@ def content_of(plan: SequencePlan, data: LayerData) -> LayerContent:
 
     return LayerContent(
         num_tokens=plan.num_tokens,
-        pages=tensor(data.pages, torch.uint8).view(plan.num_sent_pages, e.num_kv_heads, e.page_bytes),
+        pages=tensor(data.pages, torch.uint8).view(
+            plan.num_sent_pages, e.num_kv_heads, e.at_layer(data.layer).page_bytes
+        ),
         exact_k=tensor(data.exact_k, EXACT_DTYPE).view(shape),
         exact_v=tensor(data.exact_v, EXACT_DTYPE).view(shape),
     )

@@ -61,7 +61,7 @@ class LayerPipe:
         views = [x.view(torch.uint8).numpy().data for x in exact]
         self.sender.send(layer, views, theirs.pages.numpy().data)
         if layer == self.probe_layer and not self.first_page and theirs.pages.shape[0]:
-            self.error = _relative_error(self.target, theirs, k, v)
+            self.error = _relative_error(self.target.at_layer(layer, self.num_layers), theirs, k, v)
         return ours, theirs  # kept by the future: the sender's buffers must live until it is done
 
     def _in_source(self, layer: int, k: Tensor, v: Tensor) -> LayerContent:

@@ -11,10 +11,11 @@ from torch import Tensor
 from homkv.errors import HomkvError, ShapeError, TransferError, UnsupportedError
 from homkv.formats import PageCodec
 from homkv.formats.exact import EXACT_DTYPES
+from homkv.formats.per_layer import PerLayerCodec
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
 from homkv.serve.choose import choose
-from homkv.serve.engine import plan_sequence, serving_codec
+from homkv.serve.engine import codec_for, plan_sequence
 from homkv.serve.kept import KeptPrefixes
 from homkv.serve.links import SERVING
 from homkv.serve.logs import get_logger
@@ -69,6 +70,8 @@ class PrefillInstance:
         self.loaded, self._security, self._options = loaded, security, options
         self._codecs: dict[str, PageCodec] = {}
         self.source, self.chunk_tokens = self._codec(source), chunk_tokens
+        if isinstance(self.source, PerLayerCodec):
+            raise UnsupportedError("expected a source with pages of one size, found a per-layer plan; use fp16")
         root = f"{loaded.fingerprint}/{self.source.layout_id}"
         self.prefixes = KeptPrefixes(self.source, root, prefix_bytes)
         self.listener = Listener(endpoint, ToPrefill, security, options)
@@ -202,7 +205,7 @@ class PrefillInstance:
 
     def _codec(self, name: str) -> PageCodec:
         if name not in self._codecs:
-            self._codecs[name] = serving_codec(name, self.loaded.head_dim, self.loaded.rope)
+            self._codecs[name] = codec_for(self.loaded, name)
         return self._codecs[name]
 
     # -- computing ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validat
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from homkv.errors import UnsupportedError
+from homkv.plan import spelled
 from homkv.spec import DEFAULT_FORMAT
 
 CONFIG_FILE = "homkv.toml"
@@ -36,7 +37,9 @@ class ServeSettings(BaseSettings):
 
     model: str = Field("smollm2", description="smollm2, qwen2.5-coder-0.5b, a folder, a .gguf file or a hub name")
     served_model_name: str | None = Field(None, description="name of the model in the API; default: --model")
-    kv_cache_dtype: list[str] = Field([DEFAULT_FORMAT], description="formats that decode instances hold; first: used")
+    kv_cache_dtype: list[str] = Field(
+        [DEFAULT_FORMAT], description="formats that decode instances hold, or plan files; first: used"
+    )
     source: str = Field("fp16", description="format in which prefill instances keep prefixes, converted for the wire")
     num_threads: Positive | None = Field(None, description="compute threads of an instance; default: cores shared out")
     log_json: bool = Field(False, description="logs as JSON lines")
@@ -83,6 +86,11 @@ class ServeSettings(BaseSettings):
             if not text.startswith("tcp://"):
                 raise ValueError(f"expected tcp://HOST:PORT=FILE.pub, found {text!r}")
         return value
+
+    @field_validator("kv_cache_dtype")
+    @classmethod
+    def _spell_plans(cls, value: list[str]) -> list[str]:
+        return [spelled(name) for name in value]  # FormatError is a ValueError
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

@@ -61,20 +61,18 @@ class SequencePlan:
         e = self.expect
         return e.num_kv_heads * self.num_exact * e.head_dim * EXACT_WIDTHS[e.exact_dtype]
 
-    @property
-    def page_row_bytes(self) -> int:
+    def page_row_bytes(self, layer: int) -> int:
         """Bytes of one page of all kv heads: the unit a layer is split at."""
-        return self.expect.num_kv_heads * self.expect.page_bytes
+        return self.expect.num_kv_heads * self.expect.at_layer(layer).page_bytes
 
-    @property
-    def layer_bytes(self) -> int:
+    def layer_bytes(self, layer: int) -> int:
         """Payload bytes of one layer: exact K, exact V, pages."""
-        return 2 * self.exact_bytes + self.num_sent_pages * self.page_row_bytes
+        return 2 * self.exact_bytes + self.num_sent_pages * self.page_row_bytes(layer)
 
     @property
     def total_bytes(self) -> int:
         """Payload bytes of the sequence."""
-        return self.expect.num_layers * self.layer_bytes
+        return sum(self.layer_bytes(layer) for layer in range(self.expect.num_layers))
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,13 @@ def encode_layer(
     Raises ShapeError if the buffers are not what the plan says, FrameError if one page does not fit in a frame.
     """
     page_view, sizes = as_bytes(pages), [as_bytes(b).nbytes for b in exact]
-    stride, found = plan.page_row_bytes, [*sizes, page_view.nbytes]
+    stride, found = plan.page_row_bytes(layer), [*sizes, page_view.nbytes]
     if found != [plan.exact_bytes, plan.exact_bytes, plan.num_sent_pages * stride]:
         raise ShapeError(
             f"expected exact K and V of {plan.exact_bytes} bytes each and pages of {plan.num_sent_pages * stride} "
             f"bytes, found {found}; pass the layer of the sequence that the ticket names"
         )
-    counts = _split(plan, max_frame_bytes)
+    counts = _split(plan, stride, max_frame_bytes)
     first = 0
     for part, count in enumerate(counts):
         view = page_view[first * stride : (first + count) * stride]
@@ -112,19 +110,19 @@ def encode_layer(
         first += count
 
 
-def _split(plan: SequencePlan, max_frame_bytes: int) -> list[int]:
-    """Pages per part; part 0 leaves room for the exact tokens."""
+def _split(plan: SequencePlan, stride: int, max_frame_bytes: int) -> list[int]:
+    """Pages (of ``stride`` bytes with all heads) per part; part 0 leaves room for the exact tokens."""
     room = max_frame_bytes - FRAME_OVERHEAD
-    if 2 * plan.exact_bytes > room or (plan.num_sent_pages and plan.page_row_bytes > room):
+    if 2 * plan.exact_bytes > room or (plan.num_sent_pages and stride > room):
         raise FrameError(
             "too_large",
-            f"expected exact tokens ({2 * plan.exact_bytes} bytes) and a page of all heads ({plan.page_row_bytes}) "
+            f"expected exact tokens ({2 * plan.exact_bytes} bytes) and a page of all heads ({stride}) "
             f"to fit in a frame, found room for {room}; raise max_frame_bytes",
         )
     if not plan.num_sent_pages:
         return [0]
-    per_part = room // plan.page_row_bytes
-    counts = [min(plan.num_sent_pages, (room - 2 * plan.exact_bytes) // plan.page_row_bytes)]
+    per_part = room // stride
+    counts = [min(plan.num_sent_pages, (room - 2 * plan.exact_bytes) // stride)]
     while (left := plan.num_sent_pages - sum(counts)) > 0:
         counts.append(min(left, per_part))
     return counts
@@ -154,17 +152,17 @@ def _unpack(plan: SequencePlan, frame: Frame) -> Buffer:
 def _header(
     plan: SequencePlan, layer: int, part: int, num_parts: int, first_page: int, num_pages: int, coded_bytes: int
 ) -> FrameHeader:
-    e = plan.expect
+    e, layout = plan.expect, plan.expect.at_layer(layer)
     return FrameHeader(
         kind="kv",
         format=e.format,
         source=e.source,
-        layout_id=e.layout_id,
+        layout_id=layout.layout_id,
         model=e.model,
         num_layers=e.num_layers,
         num_kv_heads=e.num_kv_heads,
         head_dim=e.head_dim,
-        page_bytes=e.page_bytes,
+        page_bytes=layout.page_bytes,
         exact_dtype=e.exact_dtype,
         sequence=plan.sequence,
         epoch=plan.epoch,
@@ -184,13 +182,13 @@ class LayerAssembler:
 
     def __init__(self, plan: SequencePlan, layer: int) -> None:
         self._plan, self._layer = plan, layer
-        self._buffer = memoryview(bytearray(plan.layer_bytes))
+        self._buffer = memoryview(bytearray(plan.layer_bytes(layer)))
         self._spans: dict[int, tuple[int, int]] = {}  # part -> first page, one past the last
         self._num_parts: int | None = None
 
     def add(self, frame: Frame) -> LayerData | None:
         """Copy a part to its place; returns the layer when it is complete. Raises FrameError, storing nothing."""
-        h, stride = frame.header, self._plan.page_row_bytes
+        h, stride = frame.header, self._plan.page_row_bytes(self._layer)
         self._check(h)
         pages, exact = _unpack(self._plan, frame), h.exact_bytes
         self._num_parts, self._spans[h.part] = h.num_parts, (h.first_page, h.first_page + h.num_pages)

@@ -99,7 +99,7 @@ class FrameSender:
         FrameError or ShapeError, also for layers sent before.
         """
         entry = self._encode(layer, exact, pages, time.monotonic())
-        size, limit = self._plan.layer_bytes, self._options.queue_bytes
+        size, limit = self._plan.layer_bytes(layer), self._options.queue_bytes
         self._append(entry, size, lambda: not self._held_bytes or self._held_bytes + size <= limit)
 
     def post(self, message: msgspec.Struct) -> None:
@@ -224,7 +224,7 @@ class FrameSender:
     def _encode(self, layer: int, exact: Sequence[Buffer], pages: Buffer, queued_s: float) -> Iterator[_Outgoing]:
         """Frames of a layer, made one at a time in the thread: digests cost the caller nothing."""
         frames = encode_layer(self._plan, layer, exact, pages, self._options.max_frame_bytes)
-        saved_bytes = self._plan.layer_bytes
+        saved_bytes = self._plan.layer_bytes(layer)
         for part, body in enumerate(frames):
             outgoing = _Outgoing(layer, part, body, queued_s)
             saved_bytes -= outgoing.payload_bytes

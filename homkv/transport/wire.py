@@ -89,6 +89,14 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class LayerLayout:
+    """Page bytes of one layer and their version."""
+
+    layout_id: str
+    page_bytes: int
+
+
+@dataclass(frozen=True)
 class Expectation:
     """What both sides must agree on before a page can be read."""
 
@@ -101,11 +109,17 @@ class Expectation:
     page_bytes: int
     exact_dtype: ExactDtype
     source: str = "fp16"
+    layers: tuple["LayerLayout", ...] = ()  # one for each, where they differ; then layout_id and page_bytes are of all
+
+    def at_layer(self, layer: int) -> "LayerLayout":
+        """What the pages of one layer are."""
+        return self.layers[layer] if self.layers else LayerLayout(self.layout_id, self.page_bytes)
 
     def check(self, header: FrameHeader) -> None:
         """Raise FrameError (format, layout or model) if the frame was made for another cache than ours."""
-        for name in self.__dataclass_fields__:
-            ours, theirs = getattr(self, name), getattr(header, name)
+        layout = self.at_layer(min(header.layer, self.num_layers - 1))  # more layers than ours: another num_layers
+        for name in _AGREED:
+            ours, theirs = getattr(layout if name in _PER_LAYER else self, name), getattr(header, name)
             if ours != theirs:
                 raise FrameError(
                     _MISMATCH.get(name, "model"),
@@ -114,6 +128,8 @@ class Expectation:
                 )
 
 
+_AGREED = [name for name in Expectation.__dataclass_fields__ if name != "layers"]
+_PER_LAYER = LayerLayout.__dataclass_fields__
 _MISMATCH: dict[str, Reason] = {  # everything else is the model
     "format": "format",
     "source": "format",

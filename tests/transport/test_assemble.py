@@ -130,4 +130,4 @@ def test_a_layer_of_the_wrong_size_is_refused() -> None:
         list(encode_layer(p, 0, exact, pages[:-1]))
     with pytest.raises(ShapeError):
         list(encode_layer(p, 0, exact[:1], pages))
-    assert EXPECT.page_bytes * 2 == p.page_row_bytes
+    assert EXPECT.page_bytes * 2 == p.page_row_bytes(0)

@@ -123,7 +123,7 @@ def test_a_receiver_that_never_acknowledges_blocks_the_sender_within_its_window(
     exact, pages = layer_bytes(PLAN, 0)
     tight = LinkOptions(
         peer_timeout_s=1.0, ack_timeout_s=1.0, linger_s=0.1, max_frame_bytes=SMALL, window_bytes=100_000,
-        queue_bytes=2 * PLAN.layer_bytes,
+        queue_bytes=2 * PLAN.layer_bytes(0),
     )  # fmt: skip
     with Receiver(PLAN, deaf=True) as receiver, receiver.sender(options=tight) as sender:
         sender.send(0, exact, pages)
@@ -202,7 +202,7 @@ def test_two_sequences_share_a_shaped_link(receiver: Receiver) -> None:
         b.send(0, *exact_pages)
         ends = [s.finish(PATIENCE_S)[-1].sent_s for s in (a, b)]
     assert max(ends) - start_s >= shaper.busy_s
-    assert shaper.sent_bytes > 2 * PLAN.layer_bytes
+    assert shaper.sent_bytes > 2 * PLAN.layer_bytes(0)
 
 
 class AllZeros:
@@ -218,11 +218,11 @@ class AllZeros:
 def test_packed_layers_leave_no_debt_behind() -> None:
     """What a coder saved must not count as waiting: many more layers than the queue holds go through."""
     p = replace(PLAN, coder=AllZeros(), expect=replace(PLAN.expect, num_layers=12))
-    options = replace(FAST, queue_bytes=2 * p.layer_bytes)
+    options = replace(FAST, queue_bytes=2 * p.layer_bytes(0))
     with Receiver(p) as receiver, receiver.sender(p, options) as sender:
         for layer in range(12):
             exact, pages = layer_bytes(p, layer)
             sender.send(layer, exact, bytes(len(pages)))
         timings = sender.finish(PATIENCE_S)
     assert receiver.assembler.complete
-    assert sum(t.num_bytes for t in timings) < 12 * p.layer_bytes / 10
+    assert sum(t.num_bytes for t in timings) < 12 * p.layer_bytes(0) / 10

@@ -80,7 +80,7 @@ def test_every_truncation_and_any_extension_is_refused() -> None:
 
 def test_swapped_pieces_are_refused() -> None:
     one, two = small_frame(), small_frame(sequence="r2")
-    payload = plan(1, 1).layer_bytes
+    payload = plan(1, 1).layer_bytes(0)
     head = len(one) - payload
     assert reason(one[:head] + one[head + 64 :] + one[head : head + 64]) == "digest"
     assert reason(one[:head] + bytes(payload)) == "digest"

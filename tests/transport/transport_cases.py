@@ -43,7 +43,7 @@ def plan(num_pages: int = 5, num_exact: int = 6, **changes: object) -> SequenceP
 def layer_bytes(p: SequencePlan, layer: int) -> tuple[list[bytes], bytes]:
     """Exact K, exact V and pages that no other layer has."""
     rng = random.Random(layer)
-    return [rng.randbytes(p.exact_bytes) for _ in range(2)], rng.randbytes(p.num_pages * p.page_row_bytes)
+    return [rng.randbytes(p.exact_bytes) for _ in range(2)], rng.randbytes(p.num_pages * p.page_row_bytes(layer))
 
 
 def secured() -> tuple[Security, Security, str]:

@@ -1,0 +1,101 @@
+"""The search for a plan: the choice is right where the best is known, and the whole search gives a plan that works."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import homkv
+from homkv.errors import FormatError, ShapeError
+from homkv.eval.calibrate import CalibrationOptions, calibrate, choose
+from homkv.models import LoadedModel, describe_model
+
+BITS = {"a": 2.0, "b": 2.5, "c": 4.0}
+
+
+def test_bits_go_where_they_help_most() -> None:
+    sensitivity = [{"a": 9.0, "b": 1.0, "c": 0.5}, {"a": 1.0, "b": 0.9, "c": 0.8}, {"a": 5.0, "b": 4.9, "c": 0.1}]
+    assert choose(sensitivity, BITS, 2.0) == ["a", "a", "a"]
+    assert choose(sensitivity, BITS, 2.17) == ["b", "a", "a"]
+    assert choose(sensitivity, BITS, 2.84) == ["b", "a", "c"]  # b is above the hull of layer 2
+    assert choose(sensitivity, BITS, 4.0) == ["c", "c", "c"]
+    with pytest.raises(FormatError, match=r"at least 2\.000"):
+        choose(sensitivity, BITS, 1.99)
+
+
+def test_a_dearer_format_that_is_no_better_is_not_chosen() -> None:
+    assert choose([{"a": 1.0, "b": 2.0, "c": 1.0}], BITS, 8.0) == ["a"]
+
+
+def test_the_choice_is_near_the_best_of_all_choices() -> None:
+    """Greedy loses at most one upgrade against the optimum."""
+    rng = random.Random(0)
+    for _ in range(50):
+        rows = [sorted((rng.random() for _ in BITS), reverse=True) for _ in range(5)]
+        sensitivity = [dict(zip(BITS, row, strict=True)) for row in rows]
+        budget = rng.uniform(2.0, 4.0)
+        chosen = choose(sensitivity, BITS, budget)
+        assert sum(BITS[n] for n in chosen) <= 5 * budget + 1e-9
+        fitting = (p for p in itertools.product(BITS, repeat=5) if sum(BITS[n] for n in p) <= 5 * budget)
+        best = min(sum(layer[n] for layer, n in zip(sensitivity, p, strict=True)) for p in fitting)
+        found = sum(layer[n] for layer, n in zip(sensitivity, chosen, strict=True))
+        assert found <= best + max(max(layer.values()) - min(layer.values()) for layer in sensitivity)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    """Layer 1 attends sharply, layer 0 hardly at all, so that bits help layer 1."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=0.12,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(0.01)
+    words = Tokenizer(models.WordLevel({"a": 0} | {chr(33 + i): i for i in range(1, 90)}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return describe_model(model, PreTrainedTokenizerFast(tokenizer_object=words), "tiny")
+
+
+def test_the_search_finds_the_layer_that_matters(loaded: LoadedModel) -> None:
+    steps: list[str] = []
+
+    def begin(what: str, count: int) -> object:
+        steps.extend([what] * count)
+        return lambda: steps.remove(what)
+
+    names = ("k2220v2222", "k4420v2222", "k8444v4444")
+    options = CalibrationOptions(3.6, names, texts=1, prefix_pages=3, scored=64)
+    found = calibrate(loaded, options, begin)  # type: ignore[arg-type]
+    assert steps == []  # as many steps as were announced
+    low, high = found.plan.layers
+    assert names.index(high) > names.index(low)
+    assert found.plan.provenance["bits_per_element"] <= 3.6
+    kl = {name: kl for name, _, kl in found.verified}
+    assert kl["k8444v4444"] < kl[found.plan.title] < kl["k2220v2222"]
+    assert calibrate(loaded, options, begin).plan.dumps() == found.plan.dumps()  # type: ignore[arg-type]
+    with homkv.attach(loaded.model, found.plan.spelling):
+        loaded.model.generate(torch.arange(150)[None], max_new_tokens=2, do_sample=False)
+
+
+def test_a_search_that_cannot_be_is_refused_first(loaded: LoadedModel) -> None:
+    def begin(what: str, count: int) -> object:
+        raise AssertionError("nothing may be measured")
+
+    with pytest.raises(FormatError, match="at least"):
+        calibrate(loaded, CalibrationOptions(1.0), begin)  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="kABCDvEFGH"):
+        calibrate(loaded, CalibrationOptions(3.0, ("kivi",)), begin)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="texts"):
+        calibrate(loaded, CalibrationOptions(9.0, prefix_pages=10**6), lambda *_: lambda: None)
