@@ -56,10 +56,14 @@ def calibrate(
     console.print(render(found, texts * scored))
     console.print(f"wrote {output}: use it as --kv-cache-dtype {output}", highlight=False)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        line = {"model": model, "plan": found.plan.title, "options": asdict(options), "verified": found.verified}
-        with json_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(json_file, {"plan": found.plan.title, "options": asdict(options), "verified": found.verified})
+
+
+def append(file: Path, line: dict[str, object]) -> None:
+    """Append one JSON line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 def render(found: "Calibration", num_tokens: int) -> Table:
