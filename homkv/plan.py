@@ -8,7 +8,7 @@ travel, in a request or a setting, it does so as its *spelling*, a format name t
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -166,7 +166,7 @@ class LayerPlan:
             raise FormatError(f"expected a plan for {num_layers} layers, found one for {len(self.layers)}")
 
 
-def _in_order(layers: Mapping[str, Any], num_layers: int, where: str) -> Sequence[str]:
+def _in_order(layers: Mapping[str, Any], num_layers: int, where: str) -> tuple[str, ...]:
     """The formats of layers 0 to num_layers - 1. Raises FormatError for a missing, unknown or malformed one."""
     if not 0 < num_layers <= MAX_LAYERS:
         raise FormatError(f"expected num_layers from 1 to {MAX_LAYERS} in {where}, found {num_layers}")

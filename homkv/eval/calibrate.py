@@ -10,6 +10,7 @@ rows formats here.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def calibrate(loaded: LoadedModel, options: CalibrationOptions, begin: Begin) ->
         plans = {name: _one_layer(loaded, layer, name) for name in names}
         sensitivity.append({name: _divergence(loaded, chosen_on, plan.spelling, step) for name, plan in plans.items()})
     layers = tuple(choose(sensitivity, bits, options.budget_bits))
-    provenance = {
+    provenance: dict[str, Any] = {
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "method": "KL of one layer at a time on exact prefixes, greedy per bit",
