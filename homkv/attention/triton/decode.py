@@ -21,9 +21,16 @@ from homkv.spec import ChannelClass, PageLayout
 MIN_PAGES = 4  # of a split, and the step of its size: fewer would cost more to merge than to read
 EXACT_TILE = 32  # exact tokens that one program attends to
 PREPARE_WARPS = 2
-PROGRAMS = 8  # per multiprocessor: the grid is one wave of these
 COMBINE_SPLITS = 64  # partial outputs that are merged at a time
 COMBINE_WARPS = 4
+
+
+def wave(rows: int) -> tuple[int, int | None]:
+    """Programs per multiprocessor that run at a time, and the registers per lane that this leaves them.
+
+    Eight may use all there are: for two pages at a time, or two sets of columns. One page and one set take less.
+    """
+    return (12, 168) if 4 < rows <= 8 else (8, None)
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,11 @@ class Plan:
     splits: dict[str, Any]  # of the division into splits
 
     @classmethod
-    def of(cls, q: Tensor, view: LayerView, codec: RowsCodec, programs: int) -> "Plan":
+    def of(cls, q: Tensor, view: LayerView, codec: RowsCodec, programs: int | None) -> "Plan":
         """Lay a checked call out."""
         batch, heads, dim = q.shape[0], view.pool.shape[1], codec.head_dim
         rows = q.shape[1] // heads * q.shape[2]
+        programs = programs or wave(rows)[0]
         shape = {"D": dim, "ROWS": rows, "HEADS": heads, "PDL": has_dependent_launch(q.device)}
         tiles = triton.next_power_of_2(max(triton.cdiv(view.exact_k.shape[2], EXACT_TILE), 1))
         return cls(
@@ -61,11 +69,11 @@ class Plan:
 
 
 def attend_rows(
-    q: Tensor, view: LayerView, codec: RowsCodec, softmax_scale: float, programs: int = PROGRAMS
+    q: Tensor, view: LayerView, codec: RowsCodec, softmax_scale: float, programs: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Decode attention on rows pages; see homkv.attention.triton.attend.
 
-    ``programs`` per multiprocessor share the pages; their number changes the result by rounding only.
+    The grid has ``programs`` per multiprocessor, one wave unless given; it changes the result by rounding only.
     """
     check_attend(q, view, codec, softmax_scale)
     q = q if q.stride(-1) == 1 else q.contiguous()
@@ -86,8 +94,8 @@ def attend_rows(
     channels = runs(codec.layout)
     combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](
         o, lse, *partial, view.num_pages, plan.batch, plan.max_items, *exact, view.exact_len, view.exact_k.shape[2],
-        V=channels, **plan.shape, **plan.exact, **plan.splits, SPLITS=COMBINE_SPLITS,
-        num_warps=COMBINE_WARPS, launch_pdl=pdl,
+        V=channels, **plan.shape, **plan.exact, **plan.splits, SPLITS=COMBINE_SPLITS, num_warps=COMBINE_WARPS,
+        launch_pdl=pdl,
     )  # fmt: skip
     return o, lse
 
@@ -108,7 +116,7 @@ def launch_pages(
         view.pool.shape[0], **plan.shape, **plan.splits, K=classes(layout.k_classes), V=classes(layout.v_classes),
         CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, DP=triton.next_power_of_2(codec.head_dim),
         Q_LEN=q.shape[2], SPLIT=q.dtype == torch.float32, num_warps=1, num_stages=1,
-        launch_pdl=plan.shape["PDL"],
+        maxnreg=wave(plan.rows)[1], launch_pdl=plan.shape["PDL"],
     )  # fmt: skip
 
 

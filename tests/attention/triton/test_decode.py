@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from homkv.attention import reference, triton
-from homkv.attention.triton.decode import PROGRAMS, attend_rows
+from homkv.attention.triton.decode import attend_rows
 from homkv.attention.view import LayerView
 from homkv.errors import DTypeError, ShapeError, UnsupportedError
 from homkv.formats.rows import RowsCodec
@@ -34,7 +34,7 @@ def queries(batch: int, group: int, head_dim: int, tokens: int = 1) -> Tensor:
     return make_tokens("normal", batch, HEADS * group, tokens, head_dim, seed=77)
 
 
-def run(q: Tensor, view: LayerView, codec: RowsCodec, device: torch.device, programs: int = PROGRAMS) -> Results:
+def run(q: Tensor, view: LayerView, codec: RowsCodec, device: torch.device, programs: int | None = None) -> Results:
     o, lse = attend_rows(q.to(device), to_device(view, device), codec, codec.head_dim**-0.5, programs)
     assert o.dtype == lse.dtype == torch.float32
     return o.cpu(), lse.cpu()
