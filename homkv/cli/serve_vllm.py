@@ -84,7 +84,8 @@ def _run(wanted: "list[Command]", options: "ServeOptions", logs: Path | None) ->
     from homkv.vllm.fleet import Fleet
 
     _require_vllm(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both signals unwind the block below
+    for number in (signal.SIGINT, signal.SIGTERM):  # shells start background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         with Fleet(wanted, lambda name, text: console.print(f"{name}: {text}", markup=False), logs) as fleet:
             console.print(_endpoints(wanted, options, fleet.logs))
