@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,9 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in {"eval", "exec", "torch.load", "__import__"}, f"line {node.lineno}"
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """Tests are no packages: of two modules with one name pytest would collect only the first."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
