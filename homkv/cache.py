@@ -45,6 +45,7 @@ class PagedCache(SequenceTable):
         self.device = torch.empty(0, device=device).device  # with its index
         self.num_kv_heads, self.exact_dtype = num_kv_heads, exact_dtype
         self.impl = api.resolve_impl(codec, impl, self.device)
+        self.codecs = [codec.at_layer(layer, num_layers) for layer in range(num_layers)]
         super().__init__(codec, num_layers, num_blocks, max_sequences)
         page_shape = (max(num_blocks, 1), num_kv_heads, codec.page_bytes)
         self._pools = self._allocate(page_shape, torch.uint8)
@@ -114,7 +115,7 @@ class PagedCache(SequenceTable):
         k, v = to_exact(k, self.exact_dtype, "keys", status), to_exact(v, self.exact_dtype, "values", status)
         k = torch.cat((self._exact_k[layer][slot, :, :held], k), 1)
         v = torch.cat((self._exact_v[layer][slot, :, :held], v), 1)
-        return seal(self.codec, k, v, pages, self.impl, status)
+        return seal(self.codecs[layer], k, v, pages, self.impl, status)
 
     def _commit(self, layer: int, sequence: Sequence, content: LayerContent) -> None:
         """Write the content's pages behind those that are there and replace the exact tokens."""
@@ -247,7 +248,7 @@ class PagedCache(SequenceTable):
         rows, at = view.slots.long(), view.exact_len.long() - 1
         self._exact_k[layer][rows, :, at] = new_k
         self._exact_v[layer][rows, :, at] = new_v
-        o, _ = api.attend(q, view, self.codec, softmax_scale, impl=self.impl)
+        o, _ = api.attend(q, view, self.codecs[layer], softmax_scale, impl=self.impl)
         self._exact_len[layer, slots] += 1
         failures = []
         for seq_id in seq_ids:
@@ -276,14 +277,14 @@ class PagedCache(SequenceTable):
     def _attend_chunk(self, layer: int, seq_id: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """T tokens of one sequence, ``q [H, T, D]``: exact triangle, merged with attention over what is stored."""
         if self.num_tokens(seq_id, layer) == 0:
-            o = api.prefill(self.codec, q[None], k[None], v[None], softmax_scale)[0]
+            o = api.prefill(self.codec, q[None], k[None], v[None], softmax_scale, impl=self.impl)[0]
         elif api.computes_quantized_prefill(self.codec):
             raise UnsupportedError(
                 f"expected the whole prompt at once for {self.codec.name}, found a later chunk of it"
             )
         else:
             view = self.view(layer, [seq_id])
-            o = api.extend(q[None], k[None], v[None], view, self.codec, softmax_scale, impl=self.impl)[0]
+            o = api.extend(q[None], k[None], v[None], view, self.codecs[layer], softmax_scale, impl=self.impl)[0]
         self._store(layer, self._sequence(seq_id), k, v)
         return o
 

@@ -9,10 +9,12 @@ from homkv.attention.view import LayerView, check_query
 from homkv.errors import ShapeError, UnsupportedError
 from homkv.formats.base import PageCodec
 from homkv.formats.hack import HackCodec
+from homkv.formats.hack2026 import Hack2026Codec
 from homkv.formats.hack_prefill import quantized_prefill
 from homkv.formats.rows import RowsCodec
 
 CPU = torch.device("cpu")
+MAX_DECODE_ROWS = 16  # query rows per kv head that the kernels for GPUs take at once
 
 
 def resolve_impl(codec: PageCodec, impl: str | None, device: torch.device = CPU) -> str:
@@ -62,6 +64,10 @@ def encode(
         from homkv.attention.triton import encode as kernels
 
         return kernels.encode(k, v, codec.layout, codec.order, status=status)
+    if isinstance(codec, HackCodec | Hack2026Codec) and chosen == "triton":
+        from homkv.attention.triton import hack_encode
+
+        return hack_encode.encode(k, v, codec, first_position, status=status)
     return codec.encode(k, v, first_position).transpose(0, 1).contiguous()
 
 
@@ -94,22 +100,43 @@ def extend(
 
     ``q [B, H, T, D]``, ``k v [B, G, T, D]``: the new tokens, not yet in the view. Raises as :func:`attend` does.
     """
-    if isinstance(codec, RowsCodec) and resolve_impl(codec, impl, q.device) == "triton":
+    chosen = resolve_impl(codec, impl, q.device)
+    if isinstance(codec, RowsCodec) and chosen == "triton":
         from homkv.attention.triton import extend as kernels
 
         return kernels.extend(q, k, v, view, codec, softmax_scale).to(q.dtype)
-    old, old_lse = attend(q, view, codec, softmax_scale, impl=impl)
+    old, old_lse = _attend_many(q, view, codec, softmax_scale, chosen)
     new, new_lse = causal_partial(q, k, v, softmax_scale)
     return reference.merge_partials(old, old_lse, new, new_lse)[0].to(q.dtype)
 
 
-def prefill(codec: PageCodec, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+def _attend_many(
+    q: Tensor, view: LayerView, codec: PageCodec, softmax_scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend` for any number of tokens: the decode kernels take a few rows per kv head, one call after another.
+
+    Only HACK's formats come here with many tokens on a GPU; they have no kernel for extension.
+    """
+    at_once = MAX_DECODE_ROWS * view.pool.shape[1] // q.shape[1] if impl == "triton" else q.shape[2]
+    if q.shape[2] <= at_once or at_once == 0:
+        return attend(q, view, codec, softmax_scale, impl=impl)
+    parts = [attend(x, view, codec, softmax_scale, impl=impl) for x in q.split(at_once, 2)]
+    return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def prefill(
+    codec: PageCodec, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *, impl: str | None = None
+) -> Tensor:
     """Causal attention of a whole prompt, ``q [B, H, T, D]``, ``k v [B, G, T, D]``, in q's dtype.
 
-    Exact, unless the format quantizes its prefill as well (``hack:prefill=int8``).
+    Exact, unless the format quantizes its prefill as well (``hack:prefill=int8``). Raises as :func:`attend` does.
     """
     if computes_quantized_prefill(codec):
         assert isinstance(codec, HackCodec)
+        if resolve_impl(codec, impl, q.device) == "triton":
+            from homkv.attention.triton.hack_prefill import hack_prefill
+
+            return hack_prefill(q, k, v, codec, softmax_scale)
         return quantized_prefill(q.float(), k.float(), v.float(), codec, softmax_scale).to(q.dtype)
     return causal(q, k, v, softmax_scale)
 

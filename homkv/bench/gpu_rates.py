@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from homkv.attention import reference
+from homkv.attention import api, reference
 from homkv.attention.prefill import causal, causal_partial
 from homkv.attention.view import LayerView
 from homkv.bench.cpu import LARGE_MODEL
@@ -15,6 +15,10 @@ from homkv.bench.gpu_candidates import DTYPE, INTEGER_TOLERANCE, Case, codec_for
 from homkv.bench.gpu_clock import Replay, measure
 from homkv.bench.gpu_stats import spread, tera_per_second
 from homkv.errors import FormatError
+from homkv.formats.base import PageCodec
+from homkv.formats.hack import HackCodec, HackOptions
+from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
+from homkv.formats.hack_prefill import quantized_prefill
 from homkv.formats.rows import RowsCodec
 from homkv.testing.inputs import make_view
 
@@ -75,28 +79,33 @@ def right(o: Tensor, exact: Tensor) -> None:
 
 
 def pack_rows(codec: RowsCodec, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
-    """Keys and values of one layer, 16 bits, to pages."""
+    """Keys and values of one layer, 16 bits, to pages: of the format and of both of HACK's."""
     size = f"{PACK_TOKENS:,} x {SHAPE.num_kv_heads} heads"
-    name = f"homkv {codec.name}"
-    try:
-        from homkv.attention.triton.encode import encode
-
-        status = torch.zeros(1, dtype=torch.int32, device=device)
-        check_pack(codec, encode, status)
-        shape = SHAPE.num_kv_heads, PACK_TOKENS, SHAPE.head_dim
-        k, v = (torch.empty(shape, dtype=DTYPE, device=device).normal_() for _ in "kv")
-        pages = PACK_TOKENS // codec.page_tokens * SHAPE.num_kv_heads * codec.page_bytes
-    except Exception as problem:
-        yield failed("pack", size, name, problem)
-        return
-    calls: Calls = {name: lambda: encode(k, v, codec.layout, codec.order, status=status)}
-    yield from timed("pack", size, calls, {name: k.nbytes + v.nbytes + pages}, rounds)
+    shape = SHAPE.num_kv_heads, PACK_TOKENS, SHAPE.head_dim
+    k, v = (torch.empty(shape, dtype=DTYPE, device=device).normal_() for _ in "kv")
+    calls: Calls = {}
+    amount: dict[str, float] = {}
+    for other in (codec, codec_for("hack", SHAPE.head_dim), codec_for("hack-2026", SHAPE.head_dim)):
+        name = f"homkv {other.name}"
+        try:
+            calls[name] = packing(other, k, v)
+        except Exception as problem:
+            yield failed("pack", size, name, problem)
+        amount[name] = k.nbytes + v.nbytes + PACK_TOKENS // other.page_tokens * SHAPE.num_kv_heads * other.page_bytes
+    yield from timed("pack", size, calls, amount, rounds)
 
 
-def check_pack(codec: RowsCodec, encode: Callable[..., Tensor], status: Tensor) -> None:
+def packing(codec: PageCodec, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """The format's kernel on ``k v [G, T, D]``, after a check on a few pages."""
+    status = torch.zeros(1, dtype=torch.int32, device=k.device)
+    check_pack(codec, api.encode, status)
+    return lambda: api.encode(codec, k, v, impl="triton", status=status)
+
+
+def check_pack(codec: PageCodec, encode: Callable[..., Tensor], status: Tensor) -> None:
     """Raise FormatError unless a few pages have the reference's bytes, rounding ties aside."""
     k, v = (torch.randn(2, 4 * codec.page_tokens, codec.head_dim).to(DTYPE) for _ in "kv")
-    found = encode(k.to(status.device), v.to(status.device), codec.layout, codec.order, status=status).cpu()
+    found = encode(codec, k.to(status.device), v.to(status.device), impl="triton", status=status).cpu()
     expected = codec.encode(k, v).transpose(0, 1)
     different = float((found != expected).float().mean())
     if different > TIE_FRACTION:
@@ -107,15 +116,16 @@ def check_pack(codec: RowsCodec, encode: Callable[..., Tensor], status: Tensor) 
 
 
 def prefill_rows(device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
-    """Causal attention of one prompt: int8 and PyTorch's backends."""
+    """Causal attention of one prompt: int8, on HACK's codes, and PyTorch's backends."""
     for tokens in PREFILL_TOKENS:
         q, k, v = random_prompt(tokens, device)
         operations = 2.0 * tokens * tokens * SHAPE.head_dim * SHAPE.num_q_heads  # both products, half of the square
         calls: Calls = {f"sdpa {backend}": sdpa_causal(q, k, v, backend) for backend in ("flash", "cudnn")}
-        try:
-            calls["homkv int8"] = int8_causal(q, k, v)
-        except Exception as problem:
-            yield failed("prefill", f"{tokens:,}", "homkv int8", problem)
+        for name, prepare in {"homkv int8": int8_causal, "hack": hack_causal, "hack-2026": hack_2026_causal}.items():
+            try:
+                calls[name] = prepare(q, k, v)
+            except Exception as problem:
+                yield failed("prefill", f"{tokens:,}", name, problem)
         yield from timed("prefill", f"{tokens:,}", calls, dict.fromkeys(calls, operations), rounds)
 
 
@@ -141,6 +151,29 @@ def int8_causal(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
     exact = causal(some_q.double().cpu(), some_k.double().cpu(), some_v.double().cpu(), SCALE)
     right(causal_int8(some_q, some_k, some_v, SCALE), exact)
     return lambda: causal_int8(q, k, v, SCALE)
+
+
+def hack_causal(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """HACK's prefill on 2-bit codes, after a check on the first tokens against its readable form."""
+    from homkv.attention.triton.hack_prefill import hack_prefill
+
+    codec = HackCodec(SHAPE.head_dim, HackOptions(prefill="int8"))
+    some_q, some_k, some_v = (x[:, :, :512].contiguous() for x in (q, k, v))
+    readable = quantized_prefill(some_q.cpu().float(), some_k.cpu().float(), some_v.cpu().float(), codec, SCALE)
+    right(hack_prefill(some_q, some_k, some_v, codec, SCALE), readable)
+    return lambda: hack_prefill(q, k, v, codec, SCALE)
+
+
+def hack_2026_causal(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """The algebra of hack-2026 as a prefill, checked at 8 bits: at 2 the error is the format's."""
+    from homkv.attention.triton.hack2026_prefill import hack2026_prefill
+
+    some_q, some_k, some_v = (x[:, :, :512].contiguous() for x in (q, k, v))
+    exact = causal(some_q.double().cpu(), some_k.double().cpu(), some_v.double().cpu(), SCALE)
+    eight = Hack2026Codec(SHAPE.head_dim, Hack2026Options(bits=8))
+    right(hack2026_prefill(some_q, some_k, some_v, eight, SCALE), exact)
+    codec = Hack2026Codec(SHAPE.head_dim)
+    return lambda: hack2026_prefill(q, k, v, codec, SCALE)
 
 
 # -- extension ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import bench, demo, doctor, eval, formats, serve
+from homkv.cli import basis, bench, demo, doctor, eval, formats, serve
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("eval")(eval.evaluate)
+app.command("basis")(basis.basis)
 app.command("formats")(formats.formats)
 app.command("doctor")(doctor.doctor)
 app.add_typer(serve.app, name="serve")

@@ -22,7 +22,9 @@ class FormatCost:
 
     name: str
     layout: str  # names the bytes
-    bits_per_element: float  # pages, sinks and window
+    bits_per_element: float  # held by decode: pages, sinks and window
+    sent_bits_per_element: float  # on the wire; with an entropy coder, an upper bound
+    is_packed: bool  # by an entropy coder: what is sent depends on the data
     page_tokens: int
     page_bytes: int  # one page: one kv head of one layer
     bytes_per_token: float  # of one kv head, K and V, at this context
@@ -36,6 +38,8 @@ def cost(codec: "PageCodec", name: str, context: int) -> FormatCost:
         name=name,
         layout=PRESETS.get(name, codec.layout_id),
         bits_per_element=codec.bits_per_element(context),
+        sent_bits_per_element=4 * codec.wire_bytes(context) / (codec.head_dim * context),
+        is_packed=codec.coder is not None,
         page_tokens=codec.page_tokens,
         page_bytes=codec.page_bytes,
         bytes_per_token=stored / context,
@@ -67,7 +71,8 @@ def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"--kv-cache-dtype at head_dim {head_dim} and {context:,} tokens",
-        caption="bits per element and bytes per token of one kv head: pages, sinks and window, scales and padding. "
+        caption="bits per element held, bits sent (<: an entropy coder packs it further), bytes per token of one kv "
+        "head: pages, sinks and window, scales and padding. "
         f"Default: {DEFAULT_FORMAT}. Any kABCDvEFGH works too: bits (0, 2, 4, 8) of K's quarters from the slowest to "
         "the fastest RoPE frequency, then of V's.",
         title_justify="left",
@@ -75,16 +80,16 @@ def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
     )
     table.add_column("format", style="bold", no_wrap=True)
     table.add_column("layout", style="dim")
-    for heading in ("bits", "bytes/page", "bytes/token", "of fp16"):
+    for heading in ("bits", "sent", "bytes/page", "bytes/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     for c in costs:
         table.add_row(
             c.name,
             c.layout.removesuffix(f" D={head_dim}"),
             f"{c.bits_per_element:.2f}",
+            f"{'<' * c.is_packed}{c.sent_bits_per_element:.2f}",
             f"{c.page_bytes:,}",
             f"{c.bytes_per_token:.1f}",
-            f"{c.ratio_to_fp16:.1%}",
             style="green" if c.name == DEFAULT_FORMAT else "",
         )
     return table

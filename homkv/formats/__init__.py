@@ -1,9 +1,13 @@
 """Stored forms by name: the one place that turns ``--kv-cache-dtype`` into a codec."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from homkv.errors import FormatError
 from homkv.formats.base import EIGHT_BIT, UNROUNDED, PageCodec, Rounding
+from homkv.formats.basis import BasisCodec, BasisTables
+from homkv.formats.cachegen import CachegenCodec, CachegenOptions
+from homkv.formats.decoquant import DecoquantCodec, DecoquantOptions
 from homkv.formats.exact import EXACT_DTYPES, ExactCodec
 from homkv.formats.fp8 import Fp8Codec
 from homkv.formats.hack import HackCodec, HackOptions
@@ -11,6 +15,7 @@ from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
 from homkv.formats.kivi import KiviCodec, KiviOptions
 from homkv.formats.kvquant import KvquantCodec, KvquantOptions
 from homkv.formats.rows import RowsCodec
+from homkv.formats.turbo import TurboCodec, TurboOptions
 from homkv.rope import RopeSpec
 from homkv.spec import PRESETS, RowsSpec
 
@@ -24,8 +29,31 @@ WITH_OPTIONS: dict[str, Callable[[int, Switches, Channels], PageCodec]] = {
     "hack-2026": lambda head_dim, options, _: Hack2026Codec(head_dim, Hack2026Options.parse(options)),
     "kivi": lambda head_dim, options, _: KiviCodec(head_dim, KiviOptions.parse(options)),
     "kvquant": lambda head_dim, options, rope: KvquantCodec(head_dim, KvquantOptions.parse(options), rotation(rope)),
+    "cachegen": lambda head_dim, options, _: CachegenCodec(head_dim, CachegenOptions.parse(options)),
+    "turbo": lambda head_dim, options, _: TurboCodec(head_dim, TurboOptions.parse(options)),
+    "decoquant": lambda head_dim, options, _: DecoquantCodec(head_dim, DecoquantOptions.parse(options)),
+    "basis": lambda head_dim, options, _: BasisCodec(head_dim, BasisTables.load(basis_path(options))),
 }
-LISTED = ("hack", "hack-2026", "kivi", "kivi:bits=4", "kvquant", "kvquant:bits=3")
+LISTED = (
+    "hack",
+    "hack-2026",
+    "kivi",
+    "kivi:bits=4",
+    "kvquant",
+    "kvquant:bits=3",
+    "cachegen",
+    "cachegen:as=published",
+    "turbo",
+    "turbo:bits=3",
+    "decoquant",
+)
+
+
+def basis_path(options: Switches) -> Path:
+    """Where the tables of ``basis`` are. Raises FormatError."""
+    if set(options) != {"file"}:
+        raise FormatError(f"expected basis:file=PATH, found options {dict(options)}; `homkv basis` makes the file")
+    return Path(options["file"])
 
 
 def rotation(rope: Channels) -> RopeSpec | None:

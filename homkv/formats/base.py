@@ -6,6 +6,7 @@ only place that knows what the bytes of its pages mean; cache, wire and attentio
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,22 @@ EIGHT_BIT = Rounding()
 UNROUNDED = Rounding(q=False, p=False)
 
 
+class PageCoder(Protocol):
+    """A lossless packing of pages for the wire, ``[N, G, P]`` at a time."""
+
+    def require(self) -> None:
+        """Raise UnsupportedError if a library that it needs is not installed."""
+        ...
+
+    def encode(self, pages: memoryview, num_pages: int) -> bytes:
+        """Pack ``num_pages`` pages of all kv heads, at least one."""
+        ...
+
+    def decode(self, data: memoryview, num_pages: int, num_heads: int) -> bytes:
+        """Unpack them. Raises FormatError for bytes that ``encode`` cannot have made."""
+        ...
+
+
 class PageCodec(ABC):
     """One stored form of ``page_tokens`` tokens of one kv head.
 
@@ -39,6 +56,8 @@ class PageCodec(ABC):
     min_window: int
     page_bytes: int
     impls: tuple[str, ...] = ("reference",)  # who can compute on these pages; the first is the default
+    restored_on_arrival: bool = False  # a format of the wire alone: a decode instance holds 16 bits
+    coder: PageCoder | None = None  # packs pages on the wire
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
@@ -47,6 +66,10 @@ class PageCodec(ABC):
     def max_window(self) -> int:
         """Window length at which the oldest ``page_tokens`` tokens become a page."""
         return self.min_window + self.page_tokens
+
+    def at_layer(self, layer: int, num_layers: int) -> Self:
+        """This codec for one layer of a model: the same unless a format treats layers differently."""
+        return self
 
     @abstractmethod
     def encode(self, k: Tensor, v: Tensor, first_position: int = 0) -> Tensor:
@@ -85,10 +108,20 @@ class PageCodec(ABC):
         """Tokens of a sequence that are stored exactly: sinks and window."""
         return num_tokens - self.num_pages(num_tokens) * self.page_tokens
 
-    def kv_bytes(self, num_tokens: int, exact_bytes: int = 2) -> int:
-        """Bytes of one kv head of one layer, everything counted: pages, sinks, window."""
+    def wire_bytes(self, num_tokens: int, exact_bytes: int = 2) -> int:
+        """Bytes of one kv head of one layer on the wire before ``coder`` packs them: pages, sinks, window."""
         exact = self.num_exact(num_tokens) * 2 * self.head_dim * exact_bytes
         return self.num_pages(num_tokens) * self.page_bytes + exact
+
+    def kv_bytes(self, num_tokens: int, exact_bytes: int = 2) -> int:
+        """Bytes of one kv head of one layer as decode holds them, everything counted."""
+        return self.wire_bytes(num_tokens, exact_bytes)
+
+    def sent_bytes(self, pages: Tensor) -> int:
+        """Bytes of ``pages [N, G, P]`` on the wire, frames not counted: what ``coder`` makes of them, if any."""
+        if self.coder is None or not len(pages):
+            return pages.numel()
+        return len(self.coder.encode(pages.contiguous().numpy().data, pages.shape[0]))
 
     def bits_per_element(self, num_tokens: int, exact_bytes: int = 2) -> float:
         """``8 * kv_bytes / (2 * D * num_tokens)``."""

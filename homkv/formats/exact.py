@@ -16,6 +16,7 @@ class ExactCodec(RestoredCodec):
     page_tokens = PAGE_TOKENS
     num_sinks = 0
     min_window = 0
+    restored_on_arrival = True
 
     def __init__(self, head_dim: int, name: str) -> None:
         super().__init__(head_dim)

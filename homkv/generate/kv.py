@@ -118,8 +118,9 @@ class PagesKV(StepKV):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """See StepKV.attend."""
         view, cache = self._views[layer], self.cache
-        append_one(cache.codec, view, self._due, k[:, :, 0], v[:, :, 0], impl=cache.impl, status=cache.status)
-        o, _ = api.attend(q, view, cache.codec, softmax_scale, impl=cache.impl)
+        codec = cache.codecs[layer]
+        append_one(codec, view, self._due, k[:, :, 0], v[:, :, 0], impl=cache.impl, status=cache.status)
+        o, _ = api.attend(q, view, codec, softmax_scale, impl=cache.impl)
         return o.to(q.dtype)
 
     def check(self) -> None:

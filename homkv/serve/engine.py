@@ -12,7 +12,6 @@ from homkv.blocks import BlockPool
 from homkv.cache import PagedCache
 from homkv.errors import CapacityError, FormatError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
-from homkv.formats.exact import ExactCodec
 from homkv.hf import Attachment, KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
@@ -48,6 +47,7 @@ def plan_sequence(loaded: LoadedModel, codec: PageCodec, request_id: str, epoch:
         num_tokens=num_tokens,
         num_pages=codec.num_pages(num_tokens),
         num_exact=codec.num_exact(num_tokens),
+        coder=codec.coder,
     )
 
 
@@ -161,9 +161,9 @@ class PagedEngine(Engine):
 
 
 class ExactEngine(Engine):
-    """The baseline: KV arrives in 16 bits and is attended to by the model's own attention."""
+    """KV is held in 16 bits, however it arrived, and attended to by the model's own attention."""
 
-    def __init__(self, loaded: LoadedModel, codec: ExactCodec, max_tokens: int, max_sequences: int) -> None:
+    def __init__(self, loaded: LoadedModel, codec: PageCodec, max_tokens: int, max_sequences: int) -> None:
         super().__init__(loaded, codec)
         self._max_sequences = max_sequences
         self._pool = BlockPool(codec.num_pages(max_tokens) + 1)
@@ -225,9 +225,12 @@ class ExactEngine(Engine):
 def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = None) -> PageCodec:
     """Bind a format to a head, as ``make_codec`` does, if prefill and decode instances can serve it.
 
-    Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered.
+    Raises FormatError for an unknown name, UnsupportedError for a head_dim or an option not covered, and for an entropy
+    coder that is not installed.
     """
     codec = make_codec(kv_cache_dtype, head_dim, rope)
+    if codec.coder is not None:
+        codec.coder.require()
     if computes_quantized_prefill(codec):
         raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
     return codec
@@ -236,6 +239,6 @@ def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = No
 def make_engine(loaded: LoadedModel, kv_cache_dtype: str, max_tokens: int, max_sequences: int) -> Engine:
     """Build the engine of a format. Raises FormatError, or UnsupportedError for a head_dim not covered."""
     codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
-    if isinstance(codec, ExactCodec):
+    if codec.restored_on_arrival:
         return ExactEngine(loaded, codec, max_tokens, max_sequences)
     return PagedEngine(loaded, codec, max_tokens, max_sequences)

@@ -52,6 +52,7 @@ class LayerPipe:
     """Packs layers in the background and hands them to the sender, in order. Owns the sender: closes it first."""
 
     codec: PageCodec
+    num_layers: int
     sender: FrameSender
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="pack"))
     _jobs: "list[Future[LayerContent]]" = field(default_factory=list)
@@ -67,7 +68,7 @@ class LayerPipe:
 
     def _pack(self, layer: int, k: Tensor, v: Tensor) -> LayerContent:
         start_s = time.monotonic()
-        content = pack_layer(self.codec, k, v, EXACT_DTYPE)
+        content = pack_layer(self.codec.at_layer(layer, self.num_layers), k, v, EXACT_DTYPE)
         content = LayerContent(
             content.num_tokens, content.pages, content.exact_k.contiguous(), content.exact_v.contiguous()
         )
@@ -242,7 +243,7 @@ class PrefillInstance:
             shaper=self._shaper,
             options=self._options,
         )
-        with LayerPipe(codec, sender) as pipe:
+        with LayerPipe(codec, self.loaded.num_layers, sender) as pipe:
             first_token = self._compute(job, pipe)
             computed_s = time.monotonic()
             frames = pipe.finish(Finish(ask.request_id, ask.epoch, first_token), lambda: self._check_wanted(job))

@@ -6,8 +6,9 @@ first frame arrives and allocates nothing else.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from homkv.errors import ShapeError
+from homkv.errors import HomkvError, ShapeError
 from homkv.transport.wire import (
     EXACT_WIDTHS,
     FRAME_OVERHEAD,
@@ -24,6 +25,18 @@ from homkv.transport.wire import (
 MAX_SEQUENCE_BYTES = 16 << 30
 
 
+class PageCoder(Protocol):
+    """What packs a format's pages for the wire, and unpacks them; see homkv.formats.base."""
+
+    def encode(self, pages: memoryview, num_pages: int) -> bytes:
+        """Pack ``num_pages`` pages of all kv heads, at least one."""
+        ...
+
+    def decode(self, data: memoryview, num_pages: int, num_heads: int) -> bytes:
+        """Unpack them, or raise HomkvError."""
+        ...
+
+
 @dataclass(frozen=True)
 class SequencePlan:
     """One sequence on its way: who it is and how many bytes each of its layers has."""
@@ -34,6 +47,7 @@ class SequencePlan:
     num_tokens: int
     num_pages: int  # per layer and kv head
     num_exact: int  # sinks and window
+    coder: PageCoder | None = None  # of the format; the byte counts below are those without it
 
     @property
     def exact_bytes(self) -> int:
@@ -85,9 +99,10 @@ def encode_layer(
     counts = _split(plan, max_frame_bytes)
     first = 0
     for part, count in enumerate(counts):
-        header = _header(plan, layer, part, len(counts), first, count)
         view = page_view[first * stride : (first + count) * stride]
-        yield encode_frame(header, *(exact if part == 0 else ()), view, max_frame_bytes=max_frame_bytes)
+        packed = _pack(plan, view, count)
+        header = _header(plan, layer, part, len(counts), first, count, len(packed))
+        yield encode_frame(header, *(exact if part == 0 else ()), packed or view, max_frame_bytes=max_frame_bytes)
         first += count
 
 
@@ -109,7 +124,30 @@ def _split(plan: SequencePlan, max_frame_bytes: int) -> list[int]:
     return counts
 
 
-def _header(plan: SequencePlan, layer: int, part: int, num_parts: int, first_page: int, num_pages: int) -> FrameHeader:
+def _pack(plan: SequencePlan, pages: memoryview, num_pages: int) -> bytes:
+    """Pages as the format's coder packs them; empty where it has none or would make them larger."""
+    if plan.coder is None or not num_pages:
+        return b""
+    packed = plan.coder.encode(pages, num_pages)
+    return packed if len(packed) < pages.nbytes else b""
+
+
+def _unpack(plan: SequencePlan, frame: Frame) -> Buffer:
+    """Pages of a frame as they lie in the cache. Raises FrameError."""
+    h, data = frame.header, frame.payload[frame.header.exact_bytes :]
+    if not h.coded_bytes:
+        return data
+    if plan.coder is None:
+        raise FrameError("format", f"expected pages as they are in {h.format!r}, found packed ones; update the sender")
+    try:
+        return plan.coder.decode(data, h.num_pages, h.num_kv_heads)
+    except HomkvError as error:
+        raise FrameError("malformed", str(error)) from error
+
+
+def _header(
+    plan: SequencePlan, layer: int, part: int, num_parts: int, first_page: int, num_pages: int, coded_bytes: int
+) -> FrameHeader:
     e = plan.expect
     return FrameHeader(
         kind="kv",
@@ -130,6 +168,7 @@ def _header(plan: SequencePlan, layer: int, part: int, num_parts: int, first_pag
         first_page=first_page,
         num_pages=num_pages,
         num_exact=plan.num_exact if part == 0 else 0,
+        coded_bytes=coded_bytes,
     )
 
 
@@ -146,11 +185,11 @@ class LayerAssembler:
         """Copy a part to its place; returns the layer when it is complete. Raises FrameError, storing nothing."""
         h, stride = frame.header, self._plan.page_row_bytes
         self._check(h)
+        pages, exact = _unpack(self._plan, frame), h.exact_bytes
         self._num_parts, self._spans[h.part] = h.num_parts, (h.first_page, h.first_page + h.num_pages)
-        exact = h.exact_bytes
         self._buffer[:exact] = frame.payload[:exact]
         at = 2 * self._plan.exact_bytes + h.first_page * stride
-        self._buffer[at : at + h.num_pages * stride] = frame.payload[exact:]
+        self._buffer[at : at + h.num_pages * stride] = pages
         return self._layer_data() if len(self._spans) == h.num_parts else None
 
     def _check(self, h: FrameHeader) -> None:

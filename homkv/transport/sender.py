@@ -217,8 +217,14 @@ class FrameSender:
     def _encode(self, layer: int, exact: Sequence[Buffer], pages: Buffer, queued_s: float) -> Iterator[_Outgoing]:
         """Frames of a layer, made one at a time in the thread: digests cost the caller nothing."""
         frames = encode_layer(self._plan, layer, exact, pages, self._options.max_frame_bytes)
+        saved_bytes = self._plan.layer_bytes
         for part, body in enumerate(frames):
-            yield _Outgoing(layer, part, body, queued_s)
+            outgoing = _Outgoing(layer, part, body, queued_s)
+            saved_bytes -= outgoing.payload_bytes
+            yield outgoing
+        with self._changed:
+            self._held_bytes -= saved_bytes  # by the format's coder: accepted, but never sent
+            self._changed.notify_all()
 
     def _has_credit(self, head: _Outgoing) -> bool:
         if not self._in_flight:

@@ -13,7 +13,7 @@ import xxhash
 from homkv.errors import ShapeError, TransferError
 
 MAGIC = b"HKVF"
-WIRE_VERSION = 1  # of the frame's bytes; any change of layout or meaning raises it
+WIRE_VERSION = 2  # of the frame's bytes; any change of layout or meaning raises it
 PRELUDE = struct.Struct("<4sHHQ")  # magic, wire version, header bytes, payload bytes
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 4096
@@ -65,6 +65,7 @@ class FrameHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
     first_page: Count
     num_pages: Count  # in this part
     num_exact: Count  # exact tokens (sinks, then window) in this part
+    coded_bytes: Count  # of the pages, packed by the format's coder; 0: sent as they are
     digest: Digest = bytes(DIGEST_BYTES)  # last, so that it is the header's last 16 bytes
 
     @property
@@ -75,7 +76,7 @@ class FrameHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
     @property
     def payload_bytes(self) -> int:
         """Bytes of the payload: ``exact K | exact V | pages``."""
-        return self.exact_bytes + self.num_pages * self.num_kv_heads * self.page_bytes
+        return self.exact_bytes + (self.coded_bytes or self.num_pages * self.num_kv_heads * self.page_bytes)
 
 
 @dataclass(frozen=True)

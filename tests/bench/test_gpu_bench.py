@@ -312,6 +312,7 @@ class InstantReplay:
         return float(1000 - next(self.clock))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is a GPU")
 def test_a_whole_run_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step but the timing, in the interpreter: checks, caches, calls, rows, table, record and plots."""
     monkeypatch.setattr(gpu, "require_cuda", lambda: torch.device("cpu"))

@@ -11,6 +11,7 @@ from homkv.bench import gpu_rates
 from homkv.bench.cpu import HeadShape
 from homkv.bench.gpu_candidates import codec_for
 from homkv.errors import FormatError
+from homkv.formats.base import PageCodec
 
 
 class InstantReplay:
@@ -38,6 +39,8 @@ def test_every_rate_has_its_amount(device: torch.device) -> None:
     assert pack["amount"] == 128 * 2 * (512 + 71)
     assert pack["rate"] == pytest.approx(pack["amount"] / 5.0 * 1e-6)
     assert done["prefill", "homkv int8"]["amount"] == done["prefill", "sdpa flash"]["amount"] == 2 * 64 * 64 * 128 * 4
+    assert done["pack", "homkv hack"]["amount"] == 128 * 2 * 512 + 4 * codec_for("hack", 128).page_bytes
+    assert {name for kind, name in done if kind == "prefill"} >= {"hack", "hack-2026"}
     assert done["extend", "homkv k4220v2222"]["amount"] == 4 * 128 * 4 * 64 * (256 + 32)
     assert all(row["reason"] for row in rows if row["status"] == "failed")
 
@@ -45,7 +48,7 @@ def test_every_rate_has_its_amount(device: torch.device) -> None:
 def test_wrong_pages_and_wrong_attention_are_refused(device: torch.device) -> None:
     codec = codec_for("small", 128)
 
-    def encode(k: torch.Tensor, v: torch.Tensor, layout: object, order: object, status: torch.Tensor) -> torch.Tensor:
+    def encode(codec: PageCodec, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
         return codec.encode(k.cpu(), v.cpu()).transpose(0, 1).to(k.device) ^ 1
 
     with pytest.raises(FormatError, match="bytes"):

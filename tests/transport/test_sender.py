@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from transport_cases import Finish, Messages, layer_bytes, plan, secured
@@ -202,3 +203,26 @@ def test_two_sequences_share_a_shaped_link(receiver: Receiver) -> None:
         ends = [s.finish(PATIENCE_S)[-1].sent_s for s in (a, b)]
     assert max(ends) - start_s >= shaper.busy_s
     assert shaper.sent_bytes > 2 * PLAN.layer_bytes
+
+
+class AllZeros:
+    """A coder of pages that hold nothing but zeros."""
+
+    def encode(self, pages: memoryview, num_pages: int) -> bytes:
+        return bytes([1])
+
+    def decode(self, data: memoryview, num_pages: int, num_heads: int) -> bytes:
+        return bytes(num_pages * num_heads * 192)
+
+
+def test_packed_layers_leave_no_debt_behind() -> None:
+    """What a coder saved must not count as waiting: many more layers than the queue holds go through."""
+    p = replace(PLAN, coder=AllZeros(), expect=replace(PLAN.expect, num_layers=12))
+    options = replace(FAST, queue_bytes=2 * p.layer_bytes)
+    with Receiver(p) as receiver, receiver.sender(p, options) as sender:
+        for layer in range(12):
+            exact, pages = layer_bytes(p, layer)
+            sender.send(layer, exact, bytes(len(pages)))
+        timings = sender.finish(PATIENCE_S)
+    assert receiver.assembler.complete
+    assert sum(t.num_bytes for t in timings) < 12 * p.layer_bytes / 10

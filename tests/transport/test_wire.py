@@ -45,11 +45,11 @@ def test_round_trip_is_exact(num_pages: int, num_exact: int) -> None:
 def test_frame_is_the_documented_bytes() -> None:
     frame = small_frame()
     magic, version, header_bytes, payload_bytes = PRELUDE.unpack_from(frame)
-    assert (magic, version) == (b"HKVF", 1)
+    assert (magic, version) == (b"HKVF", 2)
     assert len(frame) == 16 + header_bytes + payload_bytes
     fields = msgspec.msgpack.decode(frame[16 : 16 + header_bytes])
     assert fields[:-1] == [
-        "kv", "balanced", "rows-1", "ab" * 16, 3, 2, 8, 192, "float16", "r1", 7, 65, 0, 0, 1, 0, 1, 1
+        "kv", "balanced", "rows-1", "ab" * 16, 3, 2, 8, 192, "float16", "r1", 7, 65, 0, 0, 1, 0, 1, 1, 0
     ]  # fmt: skip
     assert frame[16 + header_bytes - 16 : 16 + header_bytes] == fields[-1]
 
@@ -99,7 +99,7 @@ def test_no_byte_string_is_mistaken_for_a_frame(data: bytes) -> None:
 @given(st.integers(0, 2**16 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=300))
 def test_a_valid_prelude_makes_no_frame(header_bytes: int, payload_bytes: int, rest: bytes) -> None:
     with pytest.raises(FrameError):
-        decode_frame(PRELUDE.pack(b"HKVF", 1, header_bytes, payload_bytes) + rest)
+        decode_frame(PRELUDE.pack(b"HKVF", 2, header_bytes, payload_bytes) + rest)
 
 
 @no_deadline
@@ -108,12 +108,12 @@ def test_a_header_that_verifies_but_breaks_the_schema_is_malformed(fields: objec
     from homkv.transport.wire import _digest
 
     body = msgspec.msgpack.encode([fields, b""]) + b"\xc4\x10"
-    unsigned = PRELUDE.pack(b"HKVF", 1, len(body) + 16, 0) + body
+    unsigned = PRELUDE.pack(b"HKVF", 2, len(body) + 16, 0) + body
     assert reason(unsigned + _digest(unsigned, [])) == "malformed"
 
 
 def test_nothing_above_the_cap_is_allocated() -> None:
-    lies = [PRELUDE.pack(b"HKVF", 1, 200, size) + bytes(300) for size in (2**63, 2**40, HARD_CAP_BYTES + 1)]
+    lies = [PRELUDE.pack(b"HKVF", 2, 200, size) + bytes(300) for size in (2**63, 2**40, HARD_CAP_BYTES + 1)]
     tracemalloc.start()
     for lie in lies:
         reason(lie)
@@ -134,7 +134,7 @@ def test_frames_above_the_cap_are_neither_made_nor_read() -> None:
 
 def test_another_wire_version_or_magic_is_named() -> None:
     frame = small_frame()
-    assert reason(frame[:4] + b"\x02\x00" + frame[6:]) == "version"
+    assert reason(frame[:4] + b"\x03\x00" + frame[6:]) == "version"
     assert reason(b"HTTP" + frame[4:]) == "malformed"
 
 

@@ -80,11 +80,10 @@ def gaps_not_finite(v, stride_t, GAPS: tl.constexpr):
     """1 if a value of the channels that no class stores is NaN or infinite, else 0."""
     largest = 0
     for i in tl.static_range(len(GAPS)):
-        WIDTH: tl.constexpr = GAPS[i][1]
-        c = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
+        c = tl.arange(0, triton.next_power_of_2(GAPS[i][1]))[None, :]
         for t in range(0, 64, 8):
             at = (t + tl.arange(0, 8)[:, None]).to(tl.int64) * stride_t + (GAPS[i][0] + c)
-            x = tl.load(v + at, mask=c < WIDTH, other=0.0).to(tl.float32)
+            x = tl.load(v + at, mask=c < GAPS[i][1], other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0))
     return (largest >= 0x7F800000).to(tl.int32)
 

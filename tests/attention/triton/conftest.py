@@ -6,7 +6,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which no test module has done yet
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when triton is first imported, which no test module has done yet
 
 
 @pytest.fixture(scope="session")

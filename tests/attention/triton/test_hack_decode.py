@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from hack_cases import HEADS, Codec, assert_accurate, error, queries, run, to_device
 
+from homkv.attention import api
 from homkv.attention import triton as kernels
 from homkv.attention.triton.hack_decode import attend_hack
 from homkv.attention.triton.hack_fragments import transpose8
@@ -169,3 +170,13 @@ def test_lengths_are_read_at_every_replay(codec: Codec, device: torch.device) ->
         view.num_pages.copy_(now.num_pages)
         graph.replay()
         assert_accurate((o.cpu(), lse.cpu()), q, now, codec)
+
+
+def test_a_chunk_longer_than_one_call_extends_in_several(device: torch.device) -> None:
+    codec = HackCodec(64)
+    view = make_view(codec, [150], HEADS)
+    q, k, v = queries(1, 3, 64, tokens=12), *(make_tokens("normal", 1, HEADS, 12, 64, seed=s) for s in (5, 6))
+    there = [x.to(device) for x in (q, k, v)]
+    found = api.extend(*there, to_device(view, device), codec, 0.125, impl="triton").cpu()
+    readable = api.extend(q, k, v, view, codec, 0.125, impl="reference")
+    assert error(found, readable) < 0.02

@@ -7,6 +7,7 @@ import triton.language as tl
 from hack_cases import HEADS, Codec
 from torch import Tensor
 
+from homkv.attention import api
 from homkv.attention.triton.hack_common import noise_key, uniform_noise
 from homkv.attention.triton.hack_encode import encode
 from homkv.errors import DTypeError, FormatError, ShapeError
@@ -119,3 +120,14 @@ def test_wrong_input_is_refused(codec: Codec, device: torch.device) -> None:
     pool = torch.empty(1, HEADS, codec.page_bytes, dtype=torch.uint8, device=device)
     with pytest.raises(ShapeError, match="one per page"):
         encode(k, v, codec, out=pool, block_ids=torch.zeros(2, dtype=torch.int32, device=device))
+
+
+@both
+def test_the_api_encodes_here_when_asked_to(codec: Codec, device: torch.device) -> None:
+    k, v = tokens(codec, 2)
+    pages = api.encode(codec, k.to(device), v.to(device), 64, impl="triton")
+    assert torch.equal(pages.cpu(), api.encode(codec, k, v, 64, impl="reference"))
+    v[0, 3, 1] = torch.nan
+    status = torch.zeros(1, dtype=torch.int32, device=device)
+    api.encode(codec, k.to(device), v.to(device), impl="triton", status=status)
+    assert int(status) == 1

@@ -5,6 +5,7 @@ import torch
 from hack_cases import Codec, error
 from torch import Tensor
 
+from homkv.attention import api
 from homkv.attention.triton.hack2026_prefill import hack2026_prefill
 from homkv.attention.triton.hack_prefill import PrefillConfig, hack_prefill
 from homkv.errors import DTypeError, ShapeError
@@ -111,6 +112,17 @@ def test_dtypes_strides_and_batches(dtype: torch.dtype, device: torch.device) ->
         assert torch.equal(prefill(*strided, codec, 0.125), o)
         alone = prefill(*(x[1:] for x in tensors), codec, 0.125)
         assert torch.equal(alone, o[1:])
+
+
+def test_the_api_prefills_here_when_asked_to(device: torch.device) -> None:
+    q, k, v = prompt(64, 100)
+    codec = HackCodec(64, HackOptions(prefill="int8"))
+    found = api.prefill(codec, q.to(device), k.to(device), v.to(device), 0.125, impl="triton")
+    readable = api.prefill(codec, q, k, v, 0.125, impl="reference")
+    assert torch.equal(found.cpu(), hack_prefill(q.to(device), k.to(device), v.to(device), codec, 0.125).cpu())
+    assert error(found.cpu(), readable) < 0.05
+    exact = api.prefill(HackCodec(64), q, k, v, 0.125)
+    assert error(readable, exact) > 0.05  # two bits differ from none
 
 
 def test_wrong_input_is_refused(device: torch.device) -> None:
