@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from homkv.eval.quality import run_exact
-from homkv.formats import format_names, make_codec
+from homkv.eval.exact import run_exact
+from homkv.eval.sizes import measure_size
+from homkv.formats import format_names
 from homkv.models import load_model
-from homkv.seal import pack_layer
 from homkv.texts import essays
 
 
@@ -24,21 +24,16 @@ def main(
 ) -> None:
     """Print one JSON line per format."""
     loaded = load_model(model, num_threads=num_threads)
-    ids = loaded.tokenizer(essays()[: tokens * 8], return_tensors="pt")["input_ids"][:, : tokens + 1]
+    ids = loaded.tokenizer(essays()[: tokens * 8], return_tensors="pt")["input_ids"][0, : tokens + 1]
     exact = run_exact(loaded, ids, tokens)
     for name in kv_cache_dtype or format_names():
-        codec = make_codec(name, loaded.head_dim, loaded.rope)
-        sent = 0
-        for layer, (k, v) in enumerate(zip(exact.keys, exact.values, strict=True)):
-            content = pack_layer(codec.at_layer(layer, loaded.num_layers), k[0], v[0])
-            sent += codec.sent_bytes(content.pages) + content.exact_k.nbytes + content.exact_v.nbytes
-        elements = 2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * tokens
+        size = measure_size(loaded, exact, name)
         row = {
             "model": model,
             "format": name,
             "tokens": tokens,
-            "bits_sent": 8 * sent / elements,
-            "bits_held": codec.bits_per_element(tokens),
+            "bits_sent": size.sent,
+            "bits_held": size.stored,
             "machine": platform.machine(),
         }
         print(json.dumps(row), flush=True)

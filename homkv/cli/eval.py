@@ -1,82 +1,228 @@
-"""``homkv eval``: what a format does to a model, beside its bytes."""
+"""``homkv eval``: what formats do to a model, beside their bytes and their speed; and the gate that keeps it so."""
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from homkv.errors import FormatError
 from homkv.plan import spelled
 
 if TYPE_CHECKING:
-    from homkv.eval.report import QualityRow
+    from collections.abc import Callable, Iterator
 
-DEFAULT_FORMATS = ["fp16", "near-lossless", "quality", "balanced", "small", "hack-2026", "hack"]
+    from homkv.eval.gate import Check
+    from homkv.eval.items import Options
+    from homkv.eval.record import Record
+    from homkv.eval.run import Conditions
+    from homkv.models import LoadedModel
+
+DEFAULT_FORMATS = ("fp16", "fp8", "int8", "near-lossless", "quality", "balanced", "small", "hack-2026", "hack", "kivi")
+SPEED_CONTEXT = 8192  # tokens
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="smollm2, qwen2.5-coder-0.5b, a folder or a hub name.")] = "smollm2",
-    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Formats to compare; repeat the option.")] = None,
-    chunks: Annotated[int, typer.Option(help="Texts.")] = 5,
+    model: Annotated[
+        str, typer.Option(help="smollm2, qwen2.5-coder-0.5b, a folder, a .gguf or a hub name.")
+    ] = "smollm2",
+    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Formats or plan files; repeat the option.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="text, passkey, copy, greedy, code; repeat.")] = None,
+    texts: Annotated[int, typer.Option(help="Texts whose tails are scored.")] = 5,
     prefix: Annotated[int, typer.Option(help="Tokens of each text computed exactly.")] = 1792,
-    scored: Annotated[int, typer.Option(help="Tokens of each text computed on the pages and scored.")] = 256,
-    passkeys: Annotated[int, typer.Option(help="Pass-key prompts; 0 leaves them out.")] = 8,
-    impl: Annotated[str | None, typer.Option(help="cpu or reference; default: the format's first.")] = None,
+    scored: Annotated[int, typer.Option(help="Tokens of each text computed on the stored KV and scored.")] = 256,
+    passkeys: Annotated[int, typer.Option(help="Pass-key prompts of each length.")] = 8,
+    passkey_length: Annotated[list[int] | None, typer.Option(help="Tokens of a pass-key prompt; repeat.")] = None,
+    copies: Annotated[int, typer.Option(help="Lines to copy of each kind.")] = 2,
+    prefill: Annotated[str, typer.Option(help="exact, or quantized: the prompt attends to its own pages.")] = "exact",
+    run_code: Annotated[bool, typer.Option("--run-code", help="Run what models write for HumanEval, limited.")] = False,
+    speed: Annotated[bool, typer.Option(help="Time an attention step of each format.")] = True,
+    impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the format's first.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Append one line per format to this file.")] = None,
+    json_file: Annotated[Path, typer.Option("--json", help="Results; a run goes on where this file ends.")] = Path(
+        "runs/eval.jsonl"
+    ),
+    report: Annotated[Path | None, typer.Option(help="Write a Markdown page here, plots beside it.")] = None,
+    only_report: Annotated[
+        bool, typer.Option("--only-report", help="Measure nothing; report what --json holds.")
+    ] = False,
+    gate: Annotated[
+        Path | None, typer.Option(help="Measure what this file asks for; exit 1 if a format fails.")
+    ] = None,
 ) -> None:
-    """Measure KL, top-1 and pass-key retrieval of formats against the unquantized model."""
-    from homkv.eval.report import QualityOptions, measure
-    from homkv.models import load_model
+    """Measure formats against the unquantized model: KL, perplexity, top-1, drift, retrieval, copying, code, bytes."""
+    from homkv.eval.run import Conditions
 
     console = Console()
-    formats = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
-    options = QualityOptions(formats, chunks, prefix, scored, passkeys, impl=impl)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=None)
-        loaded = load_model(
-            model, num_threads=num_threads, progress=lambda text: progress.update(task, description=text)
-        )
-
-        def begin(what: str, steps: int) -> Callable[[], None]:
-            progress.reset(task, total=steps, description=what)
-            return lambda: progress.advance(task)
-
-        rows = measure(loaded, options, begin)
-    console.print(render(rows, options.prefix, options.scored))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        with json_file.open("a") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    if gate is not None:
+        _gate(gate, console, num_threads, impl)
+        return
+    if not only_report:
+        options = _options(task, (texts, prefix, scored), (passkeys, passkey_length), copies)
+        names = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
+        conditions = Conditions(names, prefill, impl, run_code)
+        _measure(model, options, conditions, json_file, console, num_threads, speed)
+    _report(json_file, report, console)
 
 
-def render(rows: "list[QualityRow]", prefix: int, scored: int) -> Table:
-    """Draw the table."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{rows[0].model}: exact prefix of {prefix} tokens, then {scored} teacher-forced ones on the stored KV",
-        caption=f"KL(exact || compressed) in nats and top-1 agreement over {rows[0].num_tokens} tokens; bits with "
-        "sinks, window, scales and centre counted.",
-        title_justify="left",
-        caption_justify="left",
+def _options(
+    task: list[str] | None, text: tuple[int, int, int], passkey: tuple[int, list[int] | None], copies: int
+) -> "Options":
+    """What to measure. Prompts with something to find are about as long as the texts."""
+    from homkv.eval.items import Options
+
+    (texts, prefix, scored), (passkeys, lengths) = text, passkey
+    length = prefix + min(108, scored)
+    return Options(
+        tasks=tuple(task or ("text", "passkey", "copy")),
+        texts=texts,
+        prefix=prefix,
+        scored=scored,
+        passkeys=passkeys,
+        passkey_lengths=tuple(lengths or (length,)),
+        copies=copies,
+        copy_length=length,
     )
-    table.add_column("format", style="bold")
-    for heading in ("KL", "top-1", "pass-key", f"bits, {prefix + scored}", "bits, 32k"):
-        table.add_column(heading, justify="right")
-    for r in rows:
-        table.add_row(
-            r.kv_cache_dtype,
-            f"{r.kl:.4f}",
-            f"{r.top1:.3f}",
-            f"{r.passkey_found}/{r.passkey_prompts}" if r.passkey_prompts else "–",
-            f"{r.bits_per_element:.2f}",
-            f"{r.bits_per_element_32k:.2f}",
-        )
+
+
+@contextmanager
+def _progress(console: Console) -> "Iterator[tuple[Progress, Callable[[str], None], Callable[[int], None]]]":
+    """A bar, a call per step, and a call that sets how many steps there are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task("loading", total=None)
+        done = -1
+
+        def step(what: str) -> None:
+            nonlocal done
+            done += 1
+            progress.update(bar, description=what, completed=done)
+
+        yield progress, step, lambda total: progress.update(bar, total=total)
+
+
+def _measure(
+    model: str,
+    options: "Options",
+    conditions: "Conditions",
+    path: Path,
+    console: Console,
+    num_threads: int | None,
+    speed: bool,
+) -> None:
+    """Measure everything and append it to ``path``."""
+    from homkv.eval.items import make_items
+    from homkv.eval.record import append_record
+    from homkv.eval.run import measure_cases
+    from homkv.models import load_model
+
+    with _progress(console) as (_, step, set_total):
+        loaded = load_model(model, num_threads=num_threads)
+        items = make_items(loaded.tokenizer, options)
+        set_total(len(items) * len(conditions.rows))
+        append_record(path, _run_record(loaded))
+        measure_cases(loaded, items, conditions, path, step)
+        for record in _sizes(loaded, items[0].ids[: items[0].prefix + 1], conditions.formats, speed):
+            append_record(path, record)
+
+
+def _sizes(loaded: "LoadedModel", ids: tuple[int, ...], names: Sequence[str], speed: bool) -> "Iterator[Record]":
+    import torch
+
+    from homkv.eval.exact import run_exact
+    from homkv.eval.sizes import measure_size, measure_speed
+
+    exact = run_exact(loaded, torch.tensor(ids), len(ids) - 1)
+    for name in names:
+        yield measure_size(loaded, exact, name)
+        if speed:
+            yield measure_speed(loaded, name, min(SPEED_CONTEXT, loaded.context_length))
+
+
+def _run_record(loaded: "LoadedModel") -> "Record":
+    import torch
+    import transformers
+
+    from homkv.eval.record import Run
+
+    return Run(
+        model=loaded.name,
+        fingerprint=loaded.fingerprint,
+        command=shlex.join(["homkv", *sys.argv[1:]]),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+        dtype=str(loaded.model.dtype),
+        device=str(loaded.model.device),
+        versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        unix_time=int(time.time()),
+    )
+
+
+def _report(path: Path, page: Path | None, console: Console) -> None:
+    """Show what the file holds; write the page, its plots and the numbers as JSON if asked for."""
+    import msgspec
+
+    from homkv.eval.plots import save_plots
+    from homkv.eval.record import Case, read_records
+    from homkv.eval.report import make_report, markdown, quality_table, written_table
+
+    records = read_records(path)
+    found = make_report(records)
+    if not found.summaries:
+        raise FormatError(f"expected results in {path}, found none; run homkv eval without --only-report first")
+    console.print(quality_table(found))
+    if (table := written_table(found)) is not None:
+        console.print(table)
+    for a, b in found.unresolved:
+        console.print(f"not resolved: {a} and {b}", style="yellow", highlight=False)
+    if page is not None:
+        cases = [r for r in records if isinstance(r, Case) and r.model == found.model]
+        plots = save_plots(found, cases, page.parent)
+        page.write_text(markdown(found, f"homkv eval --json {path}", plots), encoding="utf-8")
+        page.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(found.as_json())))
+        console.print(f"wrote {page}", highlight=False)
+
+
+def _gate(path: Path, console: Console, num_threads: int | None, impl: str | None) -> None:
+    """Measure what the gate asks for in a file of its own, and exit with 1 if a threshold is missed."""
+    import tempfile
+
+    from homkv.eval.gate import check, load_gate
+    from homkv.eval.items import Options, make_items
+    from homkv.eval.run import Conditions, measure_cases
+    from homkv.eval.summary import summarize
+    from homkv.models import load_model
+
+    gate = load_gate(path)
+    length = gate.prefix + gate.scored
+    options = Options(
+        gate.tasks, gate.texts, gate.prefix, gate.scored, gate.passkeys, (length,), gate.copies, copy_length=length
+    )
+    conditions = Conditions(tuple(gate.formats), impl=impl, bf16=False)
+    with _progress(console) as (_, step, set_total), tempfile.TemporaryDirectory() as folder:
+        loaded = load_model(gate.model, num_threads=num_threads)
+        items = make_items(loaded.tokenizer, options)
+        set_total(len(items) * len(conditions.rows))
+        checks = check(gate, summarize(measure_cases(loaded, items, conditions, Path(folder) / "gate.jsonl", step)))
+    console.print(gate_table(checks))
+    if not all(c.kept for c in checks):
+        raise typer.Exit(1)
+
+
+def gate_table(checks: "Sequence[Check]") -> Table:
+    """What was asked for and what was found."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("format", "what", "asked", "found", ""):
+        table.add_column(heading, justify="left" if heading in ("format", "what") else "right")
+    for c in checks:
+        style = "green" if c.kept else "bold red"
+        table.add_row(c.format, c.what, f"{c.wanted:g}", f"{c.found:.4g}", "kept" if c.kept else "MISSED", style=style)
     return table

@@ -1,0 +1,120 @@
+"""The unquantized model on one text: computed once, compared with every format.
+
+The prefix is prefilled in one pass, the tail behind it in another, in which queries and attention outputs of every
+layer are kept. Or the model writes the tail itself, greedily.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from homkv.errors import ShapeError
+from homkv.models import LoadedModel
+from homkv.models.forward import forward_with_cache, returned_cache
+
+RECORDING = "homkv-recording"
+
+
+@dataclass(frozen=True)
+class TailLayer:
+    """One layer of the tail: queries and attention outputs ``[H, T, D]``, keys and values ``[G, T, D]``."""
+
+    softmax_scale: float
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+
+
+@dataclass(frozen=True)
+class ExactRun:
+    """The unquantized model on ``ids [T]``.
+
+    ``keys values``: of the prefix, per layer ``[G, prefix, D]``; ``logits [T - prefix, V]``: row i predicts token
+    ``prefix + i + 1``; ``tail``: per layer, empty if it was not recorded.
+    """
+
+    ids: Tensor
+    prefix: int
+    keys: list[Tensor]
+    values: list[Tensor]
+    logits: Tensor
+    tail: list[TailLayer]
+
+
+class _Recorder:
+    """SDPA that keeps what went in and out, one entry per layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[TailLayer] = []
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        o, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        count, scale = query.shape[2], kwargs.get("scaling") or query.shape[3] ** -0.5
+        k, v = key[0, :, -count:].clone(), value[0, :, -count:].clone()
+        self.layers.append(TailLayer(scale, query[0].clone(), k, v, o[0].transpose(0, 1).clone()))
+        return o, None
+
+
+@contextmanager
+def _recording(model: PreTrainedModel) -> Iterator[list[TailLayer]]:
+    """Let the model attend through a recorder inside the block."""
+    recorder, before = _Recorder(), str(model.config._attn_implementation)
+    AttentionInterface.register(RECORDING, recorder)
+    AttentionMaskInterface.register(RECORDING, sdpa_mask)
+    model.set_attn_implementation(RECORDING)
+    try:
+        yield recorder.layers
+    finally:
+        model.set_attn_implementation(before)
+
+
+def check_lengths(loaded: LoadedModel, prefix: int, total: int) -> None:
+    """Raise ShapeError unless 0 < prefix < total <= the model's context."""
+    if not 0 < prefix < total <= loaded.context_length:
+        raise ShapeError(
+            f"expected 0 < prefix < tokens <= {loaded.context_length}, found prefix {prefix} and {total} tokens"
+        )
+
+
+@torch.no_grad()
+def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int, *, record: bool = False) -> ExactRun:
+    """Compute ``ids [T]`` exactly: the prefix in one pass, the rest in another. Raises as :func:`check_lengths`."""
+    check_lengths(loaded, prefix, len(ids))
+    ids = ids.to(loaded.model.device)
+    cache, keys, values = _prefill(loaded, ids[:prefix])
+    if not record:
+        logits = forward_with_cache(loaded.model, ids[None, prefix:], cache).logits[0]
+        return ExactRun(ids, prefix, keys, values, logits.float(), [])
+    with _recording(loaded.model) as tail:
+        logits = forward_with_cache(loaded.model, ids[None, prefix:], cache).logits[0]
+    return ExactRun(ids, prefix, keys, values, logits.float(), tail)
+
+
+@torch.no_grad()
+def continue_greedily(loaded: LoadedModel, ids: Tensor, count: int) -> list[int]:
+    """The ``count`` tokens that the exact model writes behind ``ids [T]``, greedily; stops at none."""
+    check_lengths(loaded, len(ids) - 1, len(ids) - 1 + count)
+    cache, _, _ = _prefill(loaded, ids[:-1].to(loaded.model.device))
+    tokens = [int(ids[-1])]
+    for _ in range(count):
+        step = torch.tensor([[tokens[-1]]], device=loaded.model.device)
+        tokens.append(int(forward_with_cache(loaded.model, step, cache).logits[0, -1].argmax()))
+    return tokens[1:]
+
+
+def _prefill(loaded: LoadedModel, ids: Tensor) -> tuple[DynamicCache, list[Tensor], list[Tensor]]:
+    """The cache behind ``ids [T]`` and its keys and values, which later tokens leave alone."""
+    out = forward_with_cache(loaded.model, ids[None], DynamicCache(), logits_to_keep=1)
+    cache = returned_cache(out)
+    return cache, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]

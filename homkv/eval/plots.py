@@ -1,0 +1,96 @@
+"""Plots of a report: bits against KL, KL over the position behind the prompt, attention error per layer and head."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from homkv.eval.record import EXACT, MODEL_BF16, Case
+from homkv.eval.report import Report
+from homkv.eval.summary import Summary
+from homkv.spec import PRESETS
+
+STRIDE = 16  # tokens that share a point over positions
+FILES = ("png", "svg")
+
+
+def save_plots(report: Report, cases: Sequence[Case], folder: Path) -> list[str]:
+    """Write what the results allow into ``folder``, PNG and SVG; returns the names of the PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"pareto": pareto(report), "drift": drift(report, cases), "heads": heads(report)}
+    names = []
+    for kind, figure in figures.items():
+        if figure is None:
+            continue
+        for end in FILES:
+            figure.savefig(folder / f"eval-{report.model}-{kind}.{end}", dpi=130)
+        names.append(f"eval-{report.model}-{kind}.png")
+    return names
+
+
+def is_ours(name: str) -> bool:
+    """Whether a format is one of the rows formats."""
+    return name in PRESETS or (name.startswith("k") and "v" in name and name[1:2].isdigit())
+
+
+def _measured(report: Report) -> list[Summary]:
+    return [s for s in report.summaries if s.kl is not None and s.format not in (EXACT, MODEL_BF16)]
+
+
+def pareto(report: Report) -> Figure | None:
+    """Bits sent against KL, both axes logarithmic; the lower left is better."""
+    rows = [s for s in _measured(report) if s.format in report.sizes and s.kl is not None and s.kl.mean > 0]
+    if not rows:
+        return None
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        assert row.kl is not None
+        size, colour = report.sizes[row.format], "#0b5fa5" if is_ours(row.format) else "#d1495b"
+        if row.kl.low is not None and row.kl.high is not None:
+            axes.plot([size.sent] * 2, [max(row.kl.low, 1e-9), row.kl.high], color=colour, alpha=0.4, linewidth=1)
+        axes.plot(size.sent, row.kl.mean, "o", color=colour)
+        axes.annotate(row.format, (size.sent, row.kl.mean), (4, 3), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="bits per element sent, everything counted")
+    axes.set(ylabel="KL to the exact model, nats per token", title=f"{report.model}: bytes against loss")
+    axes.set_xticks([2, 3, 4, 6, 8, 16], ["2", "3", "4", "6", "8", "16"])
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def drift(report: Report, cases: Sequence[Case]) -> Figure | None:
+    """KL over the position behind the exact prefix, mean over texts and STRIDE tokens."""
+    lines = {}
+    for row in _measured(report):
+        texts = [c.kl for c in cases if c.task == "text" and c.format == row.format]
+        count = min(map(len, texts)) // STRIDE * STRIDE
+        if count:
+            lines[row.format] = np.mean([t[:count] for t in texts], 0).reshape(-1, STRIDE).mean(1)
+    if not lines:
+        return None
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for name, values in lines.items():
+        x = (np.arange(len(values)) + 0.5) * STRIDE
+        axes.plot(x, np.maximum(values, 1e-7), label=name, linewidth=2 if is_ours(name) else 1)
+    axes.set(yscale="log", xlabel="tokens behind the prompt", ylabel="KL, nats per token")
+    axes.legend(fontsize=7, ncols=2)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def heads(report: Report) -> Figure | None:
+    """Relative error of attention outputs per layer and head of up to four formats."""
+    rows = [s for s in _measured(report) if s.head_error and s.format != "fp16"][:4]
+    if not rows:
+        return None
+    figure = Figure(figsize=(2.6 * len(rows) + 1, 5), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(rows), sharey=True))
+    top = max(max(map(max, s.head_error)) for s in rows)
+    for axes, row in zip(panels, rows, strict=True):
+        image = axes.imshow(row.head_error, aspect="auto", cmap="viridis", vmin=0, vmax=top)
+        axes.set(title=row.format, xlabel="query head")
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(panels), label="relative error of attention")
+    return figure

@@ -1,0 +1,123 @@
+"""What all cases of one format say together, each mean with its interval, and which formats cannot be told apart."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from homkv.eval.bootstrap import Estimate, difference, estimate, resolved
+from homkv.eval.metrics import first_miss
+from homkv.eval.record import Case
+
+QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """``found`` of ``total`` prompts were answered to the letter; ``tokens``: share of the answers' tokens."""
+
+    found: int
+    total: int
+    tokens: float
+
+    def __str__(self) -> str:
+        return f"{self.found}/{self.total}" if self.total else "–"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One format on one model.
+
+    ``kl``: nats per token over texts; ``drift``: KL in the quarters of the scored tokens, first to last;
+    ``head_error``: mean relative error of attention ``[L][H]``; ``diverges``: greedy tokens before the first that
+    differs from the exact model's; ``similarity``: edit similarity of completed code; ``passed``: tests passed, None if not run.
+    """
+
+    format: str
+    num_tokens: int
+    kl: Estimate | None
+    perplexity: float | None
+    top1: Estimate | None
+    drift: tuple[float, ...]
+    passkey: Found
+    copy: Found
+    diverges: Estimate | None
+    similarity: Estimate | None
+    passed: Found
+    head_error: list[list[float]]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean of at least one value."""
+    return math.fsum(values) / len(values)
+
+
+def ones(flags: str) -> list[int]:
+    """``"0110"`` as numbers."""
+    return [int(flag) for flag in flags]
+
+
+def summarize(cases: Sequence[Case]) -> list[Summary]:
+    """One summary per format, in the order of appearance."""
+    return [_summary(name, [c for c in cases if c.format == name]) for name in dict.fromkeys(c.format for c in cases)]
+
+
+def _summary(name: str, cases: Sequence[Case]) -> Summary:
+    texts = [c for c in cases if c.task == "text"]
+    greedy = [c for c in cases if c.task == "greedy"]
+    code = [c for c in cases if c.similarity is not None]
+    weights = [float(len(c.kl)) for c in texts]
+    ran = [c for c in code if c.passed is not None]
+    return Summary(
+        format=name,
+        num_tokens=sum(len(c.kl) for c in texts),
+        kl=estimate([mean(c.kl) for c in texts], weights) if texts else None,
+        perplexity=math.exp(mean([x for c in texts for x in c.nll])) if texts else None,
+        top1=estimate([mean(ones(c.top1)) for c in texts], weights) if texts else None,
+        drift=_drift(texts),
+        passkey=_found([c for c in cases if c.task == "passkey"]),
+        copy=_found([c for c in cases if c.task == "copy"]),
+        diverges=estimate([float(first_miss(ones(c.hit))) for c in greedy]) if greedy else None,
+        similarity=estimate([c.similarity or 0.0 for c in code]) if code else None,
+        passed=Found(sum(bool(c.passed) for c in ran), len(ran), mean([bool(c.passed) for c in ran]) if ran else 0.0),
+        head_error=_head_error(texts),
+    )
+
+
+def _found(cases: Sequence[Case]) -> Found:
+    hits = [ones(c.hit) for c in cases]
+    tokens = [x for hit in hits for x in hit]
+    return Found(sum(all(hit) for hit in hits), len(cases), mean(tokens) if tokens else 0.0)
+
+
+def _drift(texts: Sequence[Case]) -> tuple[float, ...]:
+    """KL by position: mean over texts of each quarter of the scored tokens; empty where a quarter has no token."""
+    if not texts or min(len(c.kl) for c in texts) < QUARTERS:
+        return ()
+    edges = [[len(c.kl) * i // QUARTERS for i in range(QUARTERS + 1)] for c in texts]
+    return tuple(
+        mean([x for c, at in zip(texts, edges, strict=True) for x in c.kl[at[i] : at[i + 1]]]) for i in range(QUARTERS)
+    )
+
+
+def _head_error(texts: Sequence[Case]) -> list[list[float]]:
+    recorded = [c.head_error for c in texts if c.head_error]
+    if not recorded:
+        return []
+    layers = range(len(recorded[0]))
+    return [[mean([r[layer][head] for r in recorded]) for head in range(len(recorded[0][layer]))] for layer in layers]
+
+
+def unresolved(cases: Sequence[Case]) -> list[tuple[str, str]]:
+    """Neighbours in the order of KL whose paired difference over the same texts may be zero (95 %)."""
+    by_format: dict[str, dict[str, float]] = {}
+    for case in cases:
+        if case.task == "text":
+            by_format.setdefault(case.format, {})[case.item] = mean(case.kl)
+    order = sorted(by_format, key=lambda name: mean(list(by_format[name].values())))
+    pairs = []
+    for a, b in pairwise(order):
+        shared = sorted(by_format[a].keys() & by_format[b].keys())
+        if not shared or not resolved(difference([by_format[a][i] for i in shared], [by_format[b][i] for i in shared])):
+            pairs.append((a, b))
+    return pairs

@@ -1,0 +1,259 @@
+"""Formats on texts: exact ones lose nothing, coarser ones lose more, results resume, and reports say what was found."""
+
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from homkv import cli
+from homkv.errors import FormatError, ShapeError, UnsupportedError
+from homkv.eval.bootstrap import difference, estimate, resolved
+from homkv.eval.exact import continue_greedily, run_exact
+from homkv.eval.forced import passes, score, write
+from homkv.eval.gate import Gate, Threshold, check, load_gate
+from homkv.eval.items import Item, Options, make_items
+from homkv.eval.metrics import edit_similarity, first_miss, kl_divergence, token_scores
+from homkv.eval.record import Case, append_record, read_records
+from homkv.eval.report import make_report, markdown
+from homkv.eval.run import Conditions, measure_cases
+from homkv.eval.sizes import measure_size, measure_speed
+from homkv.eval.summary import summarize, unresolved
+from homkv.formats import make_codec
+from homkv.models import LoadedModel, describe_model
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=0.12,  # sharp attention, so that quantization shows
+    )
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    return describe_model(LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=words), "tiny")
+
+
+def ids(count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 200, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def text(name: str, count: int, prefix: int, seed: int) -> Item:
+    return Item("text", name, tuple(ids(count, seed).tolist()), prefix)
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_kl_of_known_distributions() -> None:
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log() + 3
+    expected = 0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)
+    assert float(kl_divergence(p, q)) == pytest.approx(expected, rel=1e-6)
+    scores = token_scores(p, q, torch.tensor([0]))
+    assert scores.nll == [pytest.approx(math.log(4), rel=1e-6)]
+    assert (scores.top1, scores.hit) == ([0], [0])
+    with pytest.raises(ShapeError, match="the same tokens"):
+        token_scores(p, q[:, :1], torch.tensor([0]))
+
+
+def test_edit_similarity_and_first_miss() -> None:
+    assert edit_similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
+    assert edit_similarity("", "") == 1
+    assert edit_similarity("abc", "") == 0
+    assert [first_miss(x) for x in ([1, 1, 0, 1], [0], [1, 1])] == [2, 0, 2]
+
+
+def test_intervals_cover_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        found = estimate(torch.randn(30, generator=generator).tolist())
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low < 0 < found.high
+    assert 170 <= hits <= 200  # 95 % asked for; the percentile bootstrap of 30 is a little narrow
+    assert estimate([1.0, 3.0], [3.0, 1.0]).mean == 1.5
+    assert estimate([1.0, 2.0]).low is None
+    assert not resolved(difference([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]))
+    assert resolved(difference([1.0, 2.0, 3.0, 4.0], [0.5, 1.4, 2.5, 3.4]))
+    with pytest.raises(ShapeError, match="same texts"):
+        difference([1.0], [1.0, 2.0])
+
+
+# -- formats on texts -------------------------------------------------------------------------------------------------
+
+
+def test_16_bit_kv_is_the_exact_model_and_fewer_bits_lose_more(loaded: LoadedModel) -> None:
+    exact = run_exact(loaded, ids(321), 280, record=True)
+    found = {name: score(loaded, exact, name, impl="reference") for name in ("fp16", "int8", "near-lossless", "small")}
+    losses = [sum(scores.kl) for scores, _ in found.values()]
+    assert losses[0] < 1e-4
+    assert losses == sorted(losses)
+    scores, errors = found["small"]
+    assert len(scores.kl) == 40
+    assert torch.tensor(errors).shape == (2, 2)
+    assert max(found["fp16"][1][0]) < 0.01 < min(errors[0])
+
+
+def test_passes_end_where_a_page_is_sealed() -> None:
+    codec = make_codec("balanced", 64)
+    cuts = list(passes(codec, 100, 400))
+    assert cuts[0][0] == 100
+    assert cuts[-1][1] == 400
+    assert all(a[1] == b[0] for a, b in pairwise(cuts))
+    assert all(codec.num_pages(start) == codec.num_pages(stop - 1) for start, stop in cuts)
+
+
+def test_quantized_prefill_loses_at_least_as_much(loaded: LoadedModel) -> None:
+    exact = run_exact(loaded, ids(321), 280)
+    once, all_the_way = (
+        sum(score(loaded, exact, "small", impl="reference", prefill=p)[0].kl) for p in ("exact", "quantized")
+    )
+    assert all_the_way > once > 0
+    with pytest.raises(FormatError, match="expected a prefill"):
+        score(loaded, exact, "small", prefill="none")
+
+
+def test_writing_follows_the_exact_model_as_far_as_it_can(loaded: LoadedModel) -> None:
+    start = ids(200)
+    exact = run_exact(loaded, torch.cat((start, torch.tensor(continue_greedily(loaded, start, 12)))), 199)
+    tokens = write(loaded, exact, "fp16", 0)
+    assert tokens == exact.ids[200:].tolist()
+    assert write(loaded, exact, "small", 5)[:5] == tokens[:5]
+
+
+@pytest.mark.parametrize(("count", "prefix"), [(100, 0), (100, 100), (600, 500)])
+def test_impossible_splits_are_refused(loaded: LoadedModel, count: int, prefix: int) -> None:
+    with pytest.raises(ShapeError, match="expected 0 < prefix"):
+        run_exact(loaded, ids(count), prefix)
+
+
+def test_sizes_and_speed(loaded: LoadedModel) -> None:
+    exact = run_exact(loaded, ids(301), 300)
+    size = measure_size(loaded, exact, "balanced")
+    assert size.stored == pytest.approx(make_codec("balanced", 64).bits_per_element(300))
+    assert size.sent == pytest.approx(size.stored)
+    assert size.stored_32k == pytest.approx(make_codec("balanced", 128).bits_per_element(32768))
+    packed = measure_size(loaded, run_exact(loaded, ids(401), 400), "cachegen")
+    assert packed.sent < packed.stored == 16
+    speed = measure_speed(loaded, "balanced", 300)
+    assert speed.microseconds > 0
+    assert speed.peer == "fp16"
+    assert min(speed.ratios) > 0
+
+
+# -- runs, reports, gates ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_resumes_and_reports(loaded: LoadedModel, tmp_path: Path) -> None:
+    items = [text(f"text-{i}", 260, 220, i) for i in range(3)]
+    path, steps = tmp_path / "run.jsonl", []
+    conditions = Conditions(("small", "int8"))
+    cases = measure_cases(loaded, items, conditions, path, steps.append)
+    assert len(cases) == len(steps) == 3 * 4
+    before = path.read_bytes()
+    path.write_bytes(before[:-20])  # a line that an interruption cut off
+    again = measure_cases(loaded, items, conditions, path)
+    assert [c.key for c in again] == [c.key for c in cases]
+    assert len(read_records(path)) == 12
+    for name in ("small", "int8"):
+        append_record(path, measure_size(loaded, run_exact(loaded, ids(230), 200), name))
+    report = make_report(read_records(path))
+    assert next(s.format for s in report.summaries) == "exact"
+    assert {s.format for s in report.summaries} == {"exact", "model-bf16", "int8", "small"}
+    small = next(s for s in report.summaries if s.format == "small")
+    assert small.num_tokens == 3 * 39
+    assert len(small.drift) == 4
+    page = markdown(report, "homkv eval", ["a.png"])
+    assert page.count("\n| small |") == 1
+    assert "![a.png](a.png)" in page
+    json.dumps(report.as_json())
+
+
+def case(name: str, item: str, kl: list[float], task: str = "text", hit: str = "11") -> Case:
+    return Case(f"{name}{item}", "m", name, task, item, "exact", 9, kl, [1.0] * len(kl), "1" * len(kl), hit)
+
+
+def test_summaries_count_and_say_what_is_not_resolved() -> None:
+    texts = [case("a", f"{i}", [0.1 + 0.01 * i] * 4) for i in range(4)]
+    texts += [case("b", f"{i}", [0.1 + 0.01 * (i ^ 1)] * 4) for i in range(4)]
+    texts += [case("c", f"{i}", [0.3 + 0.01 * i] * 4) for i in range(4)]
+    keys = [case("a", "k", [0.0] * 2, "passkey", "11"), case("a", "l", [0.0] * 2, "passkey", "10")]
+    a, *_ = summarize([*texts, *keys])
+    assert str(a.passkey) == "1/2"
+    assert a.passkey.tokens == 0.75
+    assert str(a.copy) == "–"
+    assert a.kl is not None
+    assert a.kl.mean == pytest.approx(0.115)
+    assert a.perplexity == pytest.approx(math.e)
+    assert unresolved(texts) == [("a", "b")]
+
+
+def test_gates_keep_and_fail(tmp_path: Path) -> None:
+    rows = summarize([case("a", f"{i}", [0.1] * 4) for i in range(3)])
+    kept = check(Gate("m", {"a": Threshold(kl_at_most=0.2, top1_at_least=0.9)}), rows)
+    assert [c.kept for c in kept] == [True, True]
+    assert [c.kept for c in check(Gate("m", {"a": Threshold(kl_at_most=0.05, passkeys_at_least=1)}), rows)] == [
+        False
+    ] * 2
+    with pytest.raises(FormatError, match="expected results of b"):
+        check(Gate("m", {"b": Threshold()}), rows)
+    bad = tmp_path / "gate.json"
+    for content in ("{}", '{"model": "m", "formats": {}}', '{"model": "m", "formats": {"a": {"kl": 1}}}', "["):
+        bad.write_text(content)
+        with pytest.raises(FormatError, match="gate"):
+            load_gate(bad)
+
+
+def test_unknown_tasks_and_broken_files_are_refused(tmp_path: Path, loaded: LoadedModel) -> None:
+    with pytest.raises(UnsupportedError, match="expected tasks out of"):
+        Options(tasks=("text", "dance"))
+    with pytest.raises(ShapeError, match="at least one text"):
+        make_items(loaded.tokenizer, Options(tasks=("text",), texts=0))
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"kind": "nothing"}\n')
+    with pytest.raises(FormatError, match="line 1"):
+        read_records(path)
+
+
+@pytest.mark.model
+def test_the_gate_of_a_real_model_is_kept(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("homkv.models.load_model", lambda *_, **__: smollm2)
+    gate = Path(__file__).parents[2] / "benchmarks" / "gates" / "smollm2.json"
+    monkeypatch.setattr(sys, "argv", ["homkv", "eval", "--gate", str(gate)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out.count("kept") == 6
+
+
+@pytest.mark.model
+def test_balanced_keeps_a_real_model_and_hack_does_not(smollm2: LoadedModel, tmp_path: Path) -> None:
+    items = make_items(
+        smollm2.tokenizer, Options(("text", "copy"), texts=1, prefix=480, scored=32, copies=1, copy_length=300)
+    )
+    cases = measure_cases(smollm2, items, Conditions(("balanced", "hack"), bf16=False), tmp_path / "r.jsonl")
+    rows = {s.format: s for s in summarize(cases)}
+    balanced, hack = rows["balanced"].kl, rows["hack"].kl
+    assert balanced is not None
+    assert hack is not None
+    assert balanced.mean < 0.03
+    assert hack.mean > 20 * balanced.mean
+    assert rows["balanced"].copy.total == 3
