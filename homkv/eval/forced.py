@@ -19,6 +19,7 @@ from homkv.formats import PageCodec, make_codec
 from homkv.hf import Attachment, KVCache
 from homkv.models import LoadedModel
 from homkv.models.forward import forward_with_cache
+from homkv.seal import pack_layer
 
 PREFILLS = ("exact", "quantized")
 
@@ -57,12 +58,25 @@ def open_cache(loaded: LoadedModel, codec: PageCodec, tokens: int, impl: str | N
 
 
 def store_prefix(loaded: LoadedModel, exact: ExactRun, codec: PageCodec, *, impl: str | None = None) -> KVCache:
-    """Put the exact prefix into a paged cache with room for the rest of the text."""
-    cache = open_cache(loaded, codec, len(exact.ids), impl, forks=1)
+    """Put the exact prefix into a paged cache with room for the rest of the text.
+
+    What a format of the wire alone delivers is restored on arrival: the cache then holds 16 bits.
+    """
+    held = make_codec("fp16", loaded.head_dim) if codec.restored_on_arrival else codec
+    cache = open_cache(loaded, held, len(exact.ids), impl, forks=1)
     for layer, (k, v) in enumerate(zip(exact.keys, exact.values, strict=True)):
+        if codec.restored_on_arrival:
+            k, v = _arrive(codec.at_layer(layer, loaded.num_layers), k, v)
         cache.paged.append(layer, cache.seq_ids[0], k, v)
         cache.layers[layer].num_seen = exact.prefix
     return cache
+
+
+def _arrive(codec: PageCodec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[G, T, D]`` after they were packed, sent and restored."""
+    content = pack_layer(codec, k, v)
+    pages_k, pages_v = codec.dense(content.pages.transpose(0, 1), torch.float32)
+    return torch.cat((pages_k, content.exact_k.float()), 1), torch.cat((pages_v, content.exact_v.float()), 1)
 
 
 @torch.no_grad()

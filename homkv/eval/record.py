@@ -1,0 +1,117 @@
+"""Results on disk: one JSON line per case, written as soon as it is measured; a run goes on where it stopped."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from homkv.errors import FormatError
+
+EXACT, MODEL_BF16 = "exact", "model-bf16"  # rows that are no formats: the model itself, and all of it in bfloat16
+
+
+class Case(msgspec.Struct, tag="case", tag_field="kind", frozen=True, omit_defaults=True):
+    """One format on one item. ``top1 hit``: one character per token, 0 or 1; see homkv.eval.metrics."""
+
+    key: str  # digest of everything that decides the result
+    model: str
+    format: str
+    task: str
+    item: str
+    prefill: str
+    prefix: int
+    kl: list[float]
+    nll: list[float]
+    top1: str
+    hit: str
+    head_error: list[list[float]] = []
+    text: str | None = None  # what was written
+    similarity: float | None = None  # to what the exact model wrote
+    passed: bool | None = None
+    seconds: float = 0.0
+
+
+class Size(msgspec.Struct, tag="size", tag_field="kind", frozen=True):
+    """Bits per element of a format, everything counted: stored by decode, and sent."""
+
+    key: str
+    model: str
+    format: str
+    context: int
+    stored: float
+    sent: float
+    stored_32k: float  # 32,768 tokens of head_dim 128
+    sent_32k: float
+
+
+class Speed(msgspec.Struct, tag="speed", tag_field="kind", frozen=True):
+    """One attention step of one layer. ``ratios``: the 16-bit step's time through this one's, in pairs."""
+
+    key: str
+    model: str
+    format: str
+    impl: str
+    context: int
+    heads: str
+    microseconds: float
+    ratios: list[float]
+    peer: str
+    machine: str
+
+
+class Run(msgspec.Struct, tag="run", tag_field="kind", frozen=True):
+    """How a run was started; every run appends one."""
+
+    model: str
+    fingerprint: str
+    command: str
+    machine: str
+    dtype: str
+    device: str
+    versions: str
+    unix_time: int
+
+
+Record = Case | Size | Speed | Run
+_decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a file of results; none if it does not exist.
+
+    A last line without its end was cut off by an interruption: it is removed from the file and measured again. Raises
+    FormatError for anything else that is no result.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            records.append(_decoder.decode(line))
+        except msgspec.DecodeError as error:
+            raise FormatError(
+                f"expected results of homkv eval in {path}, found in line {number}: {error}; name another --out folder"
+            ) from error
+    return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add one line and hand it to the system."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(record) + b"\n")
+
+
+def newest(records: Iterable[Record]) -> dict[str, Record]:
+    """Results by key; of several with one key the last."""
+    return {record.key: record for record in records if not isinstance(record, Run)}
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """Five significant digits: what a result keeps of each number."""
+    return [float(f"{x:.5g}") for x in values]
