@@ -30,7 +30,8 @@ class Summary:
 
     ``kl``: nats per token over texts; ``drift``: KL in the quarters of the scored tokens, first to last;
     ``head_error``: mean relative error of attention ``[L][H]``; ``diverges``: greedy tokens before the first that
-    differs from the exact model's; ``similarity``: edit similarity of completed code; ``passed``: tests passed, None if not run.
+    differs from the exact model's; ``similarity``: edit similarity of completed code; ``passed``: tests passed, of
+    those that were run.
     """
 
     format: str

@@ -153,7 +153,7 @@ def test_sizes_and_speed(loaded: LoadedModel) -> None:
     assert packed.sent < packed.stored == 16
     speed = measure_speed(loaded, "balanced", 300)
     assert speed.microseconds > 0
-    assert speed.peer == "fp16"
+    assert speed.peer.startswith("torch matmul")
     assert min(speed.ratios) > 0
 
 
