@@ -46,7 +46,7 @@ MESSAGES: dict[Where, tuple[str, ...]] = {
 }
 # Faults of the pool and of the lease clock exist where pages are held; a slow client is slow to take its tokens.
 _ONLY_AT: dict[str, dict[Where, tuple[str, ...]]] = {
-    "full_pool": {"decode": ("Status",)},  # before the request comes
+    "full_pool": {"decode": ("Reserve",)},  # full when it comes
     "clock_jump": {"decode": ("Ticket", "frame", "frame-receipt", "Finish", "Token", "Done")},
     "slow_client": {"decode": ("Token",)},
 }

@@ -232,6 +232,11 @@ class FaultyLink:
             waited, self._fault = self._fault is not None, None
             return waited
 
+    @property
+    def is_armed(self) -> bool:
+        """Whether a fault waits for its message."""
+        return self._fault is not None
+
     def take(self, name: str) -> Fault | None:
         """Count a message; the fault, if this is the one it waits for."""
         with self._lock:
