@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -33,7 +32,6 @@ from homkv.serve.messages import (
     Done,
     Failed,
     Finish,
-    FinishReason,
     Renew,
     Reserve,
     Ticket,
@@ -126,7 +124,7 @@ class DecodeInstance:
 
     def close(self) -> None:
         """Fail what has not finished, close the listener and restore the model's attention."""
-        error = TransferError("expected the answer to finish, found the decode instance stopping; ask another instance")
+        error = TransferError("expected the answer to finish, found the decode instance stopping; ask another one")
         try:
             for client, ask in self._waiting:
                 self.listener.send(client, Failed.of(ask.request_id, error))
@@ -380,10 +378,11 @@ class DecodeInstance:
         stop = ask.forced_ids is None and not ask.ignore_eos and choice.token in self._stop_tokens()
         if request.num_sent == ask.max_new_tokens or stop:
             times = DecodeTimes(request.verified_s, request.first_token_s, time.monotonic())
-            kv_bytes, reason = request.engine.kv_bytes(request.seq), cast(FinishReason, "stop" if stop else "length")
+            kv_bytes, total = request.engine.kv_bytes(request.seq), ask.first_index + request.num_sent
             self._close(request)
-            done = Done(ask.request_id, ask.first_index + index + 1, kv_bytes, times, reason)
-            self.listener.send(request.client, done)
+            self.listener.send(
+                request.client, Done(ask.request_id, total, kv_bytes, times, "stop" if stop else "length")
+            )
 
     def _stop_tokens(self) -> set[int]:
         stop = self.loaded.model.generation_config.eos_token_id

@@ -136,9 +136,7 @@ def _cancel_midway(cell: Cell, victim: Watched, fault: Fault) -> None:
     cell.dispatcher.cancel(victim.request_id)
 
 
-def _judge_end(
-    cell: Cell, references: References, outcome: Outcome, requests: list[tuple[Watched, int, int]]
-) -> None:
+def _judge_end(cell: Cell, references: References, outcome: Outcome, requests: list[tuple[Watched, int, int]]) -> None:
     start_s = time.monotonic()
     for request, seed, length in requests:
         outcome.states.append(request.state)
