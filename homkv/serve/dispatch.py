@@ -308,10 +308,11 @@ class Dispatcher:
     def _take_done(self, request: Request, member: Member, done: Done) -> None:
         if done.num_tokens != len(request.tokens):
             why = f"expected {done.num_tokens} tokens of {request.sequence}, found {len(request.tokens)}; ask again"
-            return self._attempt_failed(request, TransferError(why), member)
-        request.done, request.record.kv_bytes = done, done.kv_bytes
-        request.record.take_decode(done.times, member.clock_offset_s)
-        self._end_if_complete(request)
+            self._attempt_failed(request, TransferError(why), member)
+        else:
+            request.done, request.record.kv_bytes = done, done.kv_bytes
+            request.record.take_decode(done.times, member.clock_offset_s)
+            self._end_if_complete(request)
 
     def _renew(self, now_s: float) -> None:
         """Tell decode instances what is still wanted, well before any lease ends."""

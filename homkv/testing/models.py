@@ -43,7 +43,7 @@ def random_ids(count: int, seed: int) -> list[int]:
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> None:
-    """Write :func:`tiny_model` and a tokenizer of one word per token, ``w7`` for 7, for processes that load a folder."""
+    """Write :func:`tiny_model` and a tokenizer of one word per token, ``w7`` for 7, for processes to load."""
     tiny_model(seed).model.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)

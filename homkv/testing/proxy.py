@@ -62,7 +62,7 @@ class _Reader:
             if not self._fill(1):
                 return None
             return self._take(min(self._greeting_left, len(self._buffer)), greeting=True)
-        parts, at = [], 0
+        parts, at = list[bytes](), 0
         while True:
             if not self._fill(at + 2):
                 return None

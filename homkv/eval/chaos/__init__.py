@@ -1,1 +1,1 @@
-"""What a service does under faults: every request ends once and is told so, nothing wrong is answered, nothing is kept."""
+"""What a service does under faults: one end for every request, nothing wrong answered, nothing kept."""

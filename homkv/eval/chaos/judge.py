@@ -15,7 +15,9 @@ from homkv.serve.query import Ended, Query
 from homkv.testing.models import random_ids
 
 NUM_NEW = 6
-LOGIT_ERROR = 1e-4  # of the largest logit: rounding when batches differ stays far below, other KV far above
+# Of the largest logit. Batches of another size round otherwise, and the window is kept in 16 bits: 1.1e-3 without any
+# fault. What is finer than this is seen in the KV bytes, which are compared exactly.
+LOGIT_ERROR = 5e-3
 
 
 @dataclass(frozen=True)

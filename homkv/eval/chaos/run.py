@@ -118,7 +118,7 @@ def run_case(cell: Cell, references: References, fault: Fault, number: int, poli
     requests = [victim, neighbour]
     if fault.message in ("Cancel", "Failed"):
         _cancel_midway(cell, victim, fault)
-    in_time = all([request.wait(END_TIMEOUT_S) for request in requests])
+    in_time = all(request.wait(END_TIMEOUT_S) for request in requests)
     if in_time and "Status" in fault.message:
         _wait(lambda: not link.is_armed, HIT_TIMEOUT_S)
     outcome.was_hit = not link.disarm()

@@ -44,6 +44,7 @@ class Clock:
     offset_s: float = 0.0
 
     def __call__(self) -> float:
+        """Seconds."""
         return time.monotonic() + self.offset_s
 
 
@@ -57,7 +58,7 @@ class Digests:
         """Digest every prompt at the moment when it is complete, before its first token is told."""
         for engine in instance.engines.values():
             if isinstance(engine, PagedEngine):
-                engine.publish = self._watching(engine, engine.publish)  # type: ignore[method-assign]
+                engine.publish = self._watching(engine, engine.publish)  # type: ignore[method-assign, assignment]
 
     def _watching(
         self, engine: PagedEngine, publish: "Callable[[int, list[bytes]], None]"
