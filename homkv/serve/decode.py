@@ -10,6 +10,7 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,8 +84,8 @@ class DecodeInstance:
     """Decodes on pages that prefill instances send. ``formats``: names of ``--kv-cache-dtype`` that it accepts.
 
     ``max_tokens``: room for KV, in tokens, per format. ``lease_s``: room for which no sign of life comes for so long is
-    freed and its client told; ``max_lease_s``: the same if its KV is not complete by then, whatever came.
-    Raises FormatError or UnsupportedError for a format that this model cannot use.
+    freed and its client told; ``max_lease_s``: the same if its KV is not complete by then, whatever came; ``clock``
+    is theirs. Raises FormatError or UnsupportedError for a format that this model cannot use.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class DecodeInstance:
         lease_s: float = 30.0,
         max_lease_s: float = 600.0,
         options: LinkOptions = SERVING,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.loaded, self.lease_s, self.max_lease_s = loaded, lease_s, max_lease_s
+        self.loaded, self.lease_s, self.max_lease_s, self._clock = loaded, lease_s, max_lease_s, clock
         self.share_prefixes = share_prefixes
         self.engines = {name: make_engine(loaded, name, max_tokens, max_sequences) for name in formats}
         self.listener = Listener(endpoint, ToDecode, security, options)
@@ -122,7 +124,7 @@ class DecodeInstance:
 
     def close(self) -> None:
         """Fail what has not finished, close the listener and restore the model's attention."""
-        error = TransferError("expected the answer to finish, found the decode instance stopping; ask another instance")
+        error = TransferError("expected the answer to finish, found the decode instance stopping; ask another one")
         try:
             for client, ask in self._waiting:
                 self.listener.send(client, Failed.of(ask.request_id, error))
@@ -259,7 +261,7 @@ class DecodeInstance:
             source=ask.source,
             first_page=first_page,
         )
-        lease = Lease(self.lease_s, self.max_lease_s)
+        lease = Lease(self.lease_s, self.max_lease_s, self._clock)
         return _Request(client, ask, engine, seq, keys, SequenceAssembler(plan), lease)
 
     def _renew(self, client: bytes, renew: Renew) -> None:
@@ -376,9 +378,11 @@ class DecodeInstance:
         stop = ask.forced_ids is None and not ask.ignore_eos and choice.token in self._stop_tokens()
         if request.num_sent == ask.max_new_tokens or stop:
             times = DecodeTimes(request.verified_s, request.first_token_s, time.monotonic())
-            kv_bytes = request.engine.kv_bytes(request.seq)
+            kv_bytes, total = request.engine.kv_bytes(request.seq), ask.first_index + request.num_sent
             self._close(request)
-            self.listener.send(request.client, Done(ask.request_id, kv_bytes, times, "stop" if stop else "length"))
+            self.listener.send(
+                request.client, Done(ask.request_id, total, kv_bytes, times, "stop" if stop else "length")
+            )
 
     def _stop_tokens(self) -> set[int]:
         stop = self.loaded.model.generation_config.eos_token_id

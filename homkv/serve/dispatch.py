@@ -209,10 +209,7 @@ class Dispatcher:
             case PrefillDone():
                 self._take_prefill(request, member, message)
             case Done():
-                request.done = message
-                request.record.take_decode(message.times, member.clock_offset_s)
-                request.record.kv_bytes = message.kv_bytes
-                self._end_if_complete(request)
+                self._take_done(request, member, message)
             case Failed():
                 self._attempt_failed(request, message.to_error(), member)
 
@@ -307,6 +304,15 @@ class Dispatcher:
         record.num_cached_tokens, record.reconstruction_error = done.num_cached_tokens, done.reconstruction_error
         record.note("delivered", wire_bytes=done.wire_bytes, cached_tokens=done.num_cached_tokens)
         self._end_if_complete(request)
+
+    def _take_done(self, request: Request, member: Member, done: Done) -> None:
+        if done.num_tokens != len(request.tokens):
+            why = f"expected {done.num_tokens} tokens of {request.sequence}, found {len(request.tokens)}; ask again"
+            self._attempt_failed(request, TransferError(why), member)
+        else:
+            request.done, request.record.kv_bytes = done, done.kv_bytes
+            request.record.take_decode(done.times, member.clock_offset_s)
+            self._end_if_complete(request)
 
     def _renew(self, now_s: float) -> None:
         """Tell decode instances what is still wanted, well before any lease ends."""

@@ -150,6 +150,7 @@ class Done(_Message, frozen=True):
     """The request is complete and its pages are freed."""
 
     request_id: RequestId
+    num_tokens: Count  # all that were told, those of earlier attempts counted: fewer have come if one was lost
     kv_bytes: NumBytes  # held at the end
     times: DecodeTimes
     reason: FinishReason = "length"

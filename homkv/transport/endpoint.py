@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
+import xxhash
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -15,6 +16,7 @@ from homkv.transport.wire import FRAME_OVERHEAD, HARD_CAP_BYTES, MAX_FRAME_BYTES
 
 # The first part of every message on a link says what follows (docs/wire.md, link messages).
 MESSAGE, FRAME, RECEIPT, PROBE = b"M", b"F", b"R", b"P"
+MESSAGE_DIGEST_BYTES = 8  # XXH3-64 behind every message and receipt: a damaged token must not be believed
 
 HANDSHAKE_FAILURES = {
     zmq.Event.HANDSHAKE_FAILED_AUTH: "untrusted_key",
@@ -86,17 +88,20 @@ def set_keys(socket: "zmq.Socket[bytes]", security: Security) -> None:
 
 
 def encode_message(message: msgspec.Struct, max_bytes: int) -> bytes:
-    """Encode a control message. Raises TransferError if the receiver would refuse its size."""
+    """Encode a control message, digest last. Raises TransferError if the receiver would refuse its size."""
     data = msgspec.msgpack.encode(message)
     _check_size(len(data), max_bytes)
-    return data
+    return data + xxhash.xxh3_64_digest(data)
 
 
 def decode_message(decoder: "msgspec.msgpack.Decoder[Any]", data: memoryview, max_bytes: int) -> msgspec.Struct:
-    """Decode a control message strictly. Raises TransferError for anything that is not one of the declared types."""
-    _check_size(data.nbytes, max_bytes)
+    """Decode a control message strictly. Raises TransferError for anything damaged or not of the declared types."""
+    body, digest = data[:-MESSAGE_DIGEST_BYTES], data[-MESSAGE_DIGEST_BYTES:]
+    _check_size(body.nbytes, max_bytes)
+    if xxhash.xxh3_64_digest(body) != digest:
+        raise TransferError("expected a message with its digest, found it damaged; nothing was used")
     try:
-        message: msgspec.Struct = decoder.decode(data)
+        message: msgspec.Struct = decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise TransferError(
             f"expected a message of a declared type, found one that is not ({error}); use the same homkv version on "

@@ -154,7 +154,7 @@ class Listener:
         self._wake.ring()
 
     def _reply(self, peer: bytes, receipt: Receipt) -> None:
-        self._queue(peer, [RECEIPT, msgspec.msgpack.encode(receipt)])
+        self._queue(peer, [RECEIPT, encode_message(receipt, self._options.max_message_bytes)])
 
     def _refuse(self, peer: bytes, number: int | None, error: TransferError) -> None:
         reason = error.reason if isinstance(error, FrameError) else "malformed"

@@ -42,7 +42,7 @@ def test_temperatures_that_mean_nothing_are_refused(temperature: float) -> None:
 
 
 def test_counts_of_bytes_hold_a_long_context() -> None:
-    done = Done("r", 80 << 30, DecodeTimes(0, 0, 0))
+    done = Done("r", 8, 80 << 30, DecodeTimes(0, 0, 0))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(done), type=FromDecode) == done
 
 

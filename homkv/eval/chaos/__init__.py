@@ -1,0 +1,1 @@
+"""What a service does under faults: one end for every request, nothing wrong answered, nothing kept."""
