@@ -322,7 +322,7 @@ class DecodeInstance:
             return
         if not request.assembler.complete or finish.choice.token >= self.loaded.vocab_size:
             error = TransferError(
-                f"expected every layer of {finish.request_id!r} and a first token below {self.loaded.vocab_size}, found "
+                f"expected every layer of {finish.request_id!r} and a first token of the vocabulary, found "
                 f"{request.lacks} and token {finish.choice.token}; nothing was used: see the prefill instance's log"
             )
             self._fail(request, error)
