@@ -320,10 +320,9 @@ class DecodeInstance:
         if request is None or request.running or (peer, finish.epoch) != (request.sender, request.assembler.plan.epoch):
             log.warning("ignored a late Finish", request_id=finish.request_id)
             return
-        vocabulary = self.loaded.vocab_size
-        if not request.assembler.complete or finish.choice.token >= vocabulary:
+        if not request.assembler.complete or finish.choice.token >= self.loaded.vocab_size:
             error = TransferError(
-                f"expected every layer of {finish.request_id!r} and a first token below {vocabulary}, found "
+                f"expected every layer of {finish.request_id!r} and a first token of the vocabulary, found "
                 f"{request.lacks} and token {finish.choice.token}; nothing was used: see the prefill instance's log"
             )
             self._fail(request, error)

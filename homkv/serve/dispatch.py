@@ -36,8 +36,7 @@ from homkv.transport.endpoint import LinkError, LinkOptions, Receipt, Wake
 from homkv.transport.keys import Security
 
 log = get_logger(__name__)
-TICK_S = 0.1
-MAX_ATTEMPTS = 3
+TICK_S, MAX_ATTEMPTS = 0.1, 3
 
 
 class Dispatcher:
@@ -307,11 +306,11 @@ class Dispatcher:
 
     def _take_done(self, request: Request, member: Member, done: Done) -> None:
         if done.num_tokens != len(request.tokens):
-            why = f"expected {done.num_tokens} tokens of {request.sequence}, found {len(request.tokens)}; ask again"
+            why = f"expected {done.num_tokens} tokens, found {len(request.tokens)}; ask again"
             self._attempt_failed(request, TransferError(why), member)
         else:
-            request.done, request.record.kv_bytes = done, done.kv_bytes
             request.record.take_decode(done.times, member.clock_offset_s)
+            request.done, request.record.kv_bytes = done, done.kv_bytes
             self._end_if_complete(request)
 
     def _renew(self, now_s: float) -> None:
@@ -329,8 +328,7 @@ class Dispatcher:
 
     def _end_if_complete(self, request: Request) -> None:
         """Done when the answer is whole and, unless its instance vanished, the prefill has reported."""
-        reporting = request.prefill is not None and request.prefill_done is None
-        if request.done is not None and not reporting:
+        if request.done is not None and (request.prefill is None or request.prefill_done is not None):
             self._end(request, State.DONE, None, request.done.reason)
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:

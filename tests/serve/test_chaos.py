@@ -29,7 +29,7 @@ def test_damage_changes_what_it_says() -> None:
 
 def test_what_is_lost_damaged_or_killed_is_told_and_never_believed() -> None:
     plan = [
-        Fault("drop", "decode", "Token", nth=9),  # the last one that is told: Done must not hide it
+        Fault("drop", "decode", "Token", nth=11),  # the last one that is told: Done must not hide it
         Fault("flip", "decode", "Token", seed=7),
         Fault("flip", "decode", "frame", seed=8),
         Fault("restart", "decode", "frame", nth=1),

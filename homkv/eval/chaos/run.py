@@ -47,7 +47,8 @@ class Operator:
 
     def __init__(self, cell: Cell, fault: Fault) -> None:
         self._cell, self._fault = cell, fault
-        self._work: threading.Thread | None = None
+        self._work = threading.Thread(target=lambda: None)
+        self._is_working = threading.Event()
         self.error: BaseException | None = None
         self.victim: Watched | None = None
 
@@ -70,6 +71,7 @@ class Operator:
                 begun.set()
         self._work = threading.Thread(target=self._guarded, args=(begun,), name="operator")
         self._work.start()
+        self._is_working.set()
         begun.wait(3.0)
 
     def _guarded(self, begun: threading.Event) -> None:
@@ -97,8 +99,8 @@ class Operator:
                 self._cell.empty_pool(hog)
 
     def restore(self) -> None:
-        """Wait until the fault is over. Raises what went wrong."""
-        if self._work is not None:
+        """The fault was hit: wait until it is over, even if its message has just passed. Raises what went wrong."""
+        if not self._fault.is_of_link and self._is_working.wait(END_TIMEOUT_S):
             self._work.join()
         if self.error is not None:
             raise self.error
@@ -122,7 +124,8 @@ def run_case(cell: Cell, references: References, fault: Fault, number: int, poli
     if in_time and "Status" in fault.message:
         _wait(lambda: not link.is_armed, HIT_TIMEOUT_S)
     outcome.was_hit = not link.disarm()
-    operator.restore()
+    if outcome.was_hit:
+        operator.restore()
     _judge_end(cell, references, outcome, [*zip(requests, seeds, lengths, strict=True)])
     _judge_recovery(cell, references, outcome)
     return outcome
