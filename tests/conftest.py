@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,12 @@ from homkv.errors import UnsupportedError
 from homkv.models import LoadedModel, load_model
 
 IN_CI = bool(os.environ.get("CI"))
+
+
+# Elsewhere every run tries other examples; what CI says must follow from the code alone.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if IN_CI:
+    hypothesis.settings.load_profile("ci")
 
 
 def pytest_configure() -> None:

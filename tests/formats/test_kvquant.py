@@ -66,7 +66,7 @@ def test_levels_are_a_fixed_point_and_never_worse_than_even_ones(values: list[tu
     z, weight = (list(x) for x in zip(*values, strict=True))
     found = fit_levels(torch.tensor(z).double(), torch.tensor(weight).double(), bits)
     assert found.shape == (2**bits,)
-    assert bool((found.diff() >= 0).all())
+    assert bool((found.diff() >= -1e-15 * found.abs().max()).all())  # equal levels may differ by a rounding
     levels = found.tolist()
     edges = (found[1:] + found[:-1]) / 2
     code = torch.searchsorted(edges, torch.tensor(z).double()).tolist()
