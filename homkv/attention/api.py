@@ -14,7 +14,6 @@ from homkv.formats.hack_prefill import quantized_prefill
 from homkv.formats.rows import RowsCodec
 
 CPU = torch.device("cpu")
-MAX_DECODE_ROWS = 16  # query rows per kv head that the kernels for GPUs take at once
 
 
 def resolve_impl(codec: PageCodec, impl: str | None, device: torch.device = CPU) -> str:
@@ -117,7 +116,11 @@ def _attend_many(
 
     Only HACK's formats come here with many tokens on a GPU; they have no kernel for extension.
     """
-    at_once = MAX_DECODE_ROWS * view.pool.shape[1] // q.shape[1] if impl == "triton" else q.shape[2]
+    at_once = q.shape[2]
+    if impl == "triton":
+        from homkv.attention.triton.checks import MAX_ROWS  # Triton is optional
+
+        at_once = MAX_ROWS * view.pool.shape[1] // q.shape[1]
     if q.shape[2] <= at_once or at_once == 0:
         return attend(q, view, codec, softmax_scale, impl=impl)
     parts = [attend(x, view, codec, softmax_scale, impl=impl) for x in q.split(at_once, 2)]

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from homkv.errors import ShapeError
+from homkv.eval import metrics
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,9 @@ class Agreement:
 
 
 def kl_divergence(p_logits: NDArray[np.float32], q_logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """``sum_x p(x) (log p(x) - log q(x))`` per row, from logits ``[N, V]``."""
-    p, q = (_log_softmax(x.astype(np.float64)) for x in (p_logits, q_logits))
-    result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
+    """homkv.eval.metrics.kl_divergence of arrays: ``sum_x p(x) (log p(x) - log q(x))`` per row of ``[N, V]``."""
+    result: NDArray[np.float64] = metrics.kl_divergence(torch.tensor(p_logits), torch.tensor(q_logits)).numpy()
     return result
-
-
-def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    x = x - x.max(-1, keepdims=True)
-    shifted: NDArray[np.float64] = x - np.log(np.exp(x).sum(-1, keepdims=True))
-    return shifted
 
 
 def agreement(

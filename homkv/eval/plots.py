@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from homkv.errors import FormatError
 from homkv.eval.record import EXACT, MODEL_BF16, Case
 from homkv.eval.report import Report
 from homkv.eval.summary import Summary
-from homkv.spec import PRESETS
+from homkv.spec import RowsSpec
 
 STRIDE = 16  # tokens that share a point over positions
 FILES = ("png", "svg")
@@ -31,7 +32,11 @@ def save_plots(report: Report, cases: Sequence[Case], folder: Path) -> list[str]
 
 def is_ours(name: str) -> bool:
     """Whether a format is one of the rows formats."""
-    return name in PRESETS or (name.startswith("k") and "v" in name and name[1:2].isdigit())
+    try:
+        RowsSpec.parse(name)
+    except FormatError:
+        return False
+    return True
 
 
 def _measured(report: Report) -> list[Summary]:
