@@ -5,9 +5,10 @@ from functools import cache
 
 import pytest
 import torch
+from decode_cases import HEADS, Results, assert_accurate, error, queries, to_device
 from torch import Tensor
 
-from homkv.attention import reference, triton
+from homkv.attention import triton
 from homkv.attention.triton.decode import attend_rows
 from homkv.attention.view import LayerView
 from homkv.errors import DTypeError, ShapeError, UnsupportedError
@@ -15,9 +16,7 @@ from homkv.formats.rows import RowsCodec
 from homkv.spec import PRESETS, RowsSpec
 from homkv.testing.inputs import make_tokens, make_view
 
-HEADS = 2
 FORMATS = (*PRESETS, "k0000v0000", "k2222v0000", "k0000v2248", "k8024v4028", "k2480v8042")
-Results = tuple[Tensor, Tensor]
 
 
 @cache
@@ -26,33 +25,10 @@ def make_codec(name: str, head_dim: int) -> RowsCodec:
     return RowsCodec(head_dim, RowsSpec.parse(name), torch.randperm(head_dim, generator=generator).tolist())
 
 
-def to_device(view: LayerView, device: torch.device) -> LayerView:
-    return LayerView(**{name: x.to(device) for name, x in vars(view).items()})
-
-
-def queries(batch: int, group: int, head_dim: int, tokens: int = 1) -> Tensor:
-    return make_tokens("normal", batch, HEADS * group, tokens, head_dim, seed=77)
-
-
 def run(q: Tensor, view: LayerView, codec: RowsCodec, device: torch.device, programs: int | None = None) -> Results:
     o, lse = attend_rows(q.to(device), to_device(view, device), codec, codec.head_dim**-0.5, programs)
     assert o.dtype == lse.dtype == torch.float32
     return o.cpu(), lse.cpu()
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
-
-
-def assert_accurate(found: Results, q: Tensor, view: LayerView, codec: RowsCodec) -> None:
-    """Against attention on the dense pages: no worse than twice the reference, which rounds Q and P to 8 bits too."""
-    scale = codec.head_dim**-0.5
-    rounded, exact = reference.attend(q.float(), view, codec, scale), reference.oracle(q.float(), view, codec, scale)
-    assert not found[0].isnan().any()
-    assert error(found[0], exact[0]) <= 2 * error(rounded[0], exact[0]) + 1e-5
-    finite = torch.isfinite(exact[1])
-    assert torch.equal(torch.isinf(found[1]), ~finite)
-    assert error(found[1][finite], exact[1][finite]) <= 2 * error(rounded[1][finite], exact[1][finite]) + 1e-6
 
 
 @pytest.mark.parametrize("name", FORMATS)

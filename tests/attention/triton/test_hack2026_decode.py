@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hack_cases import HEADS, assert_accurate, error, queries, run
+from decode_cases import HEADS, assert_accurate, error, queries, run
 
 from homkv.attention import reference
 from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hack_cases import HEADS, Codec, assert_accurate, error, queries, run, to_device
+from decode_cases import HEADS, Codec, assert_accurate, error, queries, run, to_device
 
 from homkv.attention import api
 from homkv.attention import triton as kernels

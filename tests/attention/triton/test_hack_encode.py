@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hack_cases import HEADS, Codec
+from decode_cases import HEADS, Codec
 from torch import Tensor
 
 from homkv.attention import api

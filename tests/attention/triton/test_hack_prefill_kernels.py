@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hack_cases import Codec, error
+from decode_cases import Codec, error
 from torch import Tensor
 
 from homkv.attention import api

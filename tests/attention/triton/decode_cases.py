@@ -1,4 +1,4 @@
-"""What the tests of both HACK decode kernels share."""
+"""What the tests of the decode kernels share; ``run`` and ``Codec`` are of HACK's two."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from homkv.attention import reference
 from homkv.attention.triton.hack_decode import HackConfig, attend_hack
 from homkv.attention.view import LayerView
+from homkv.formats.base import PageCodec
 from homkv.formats.hack import HackCodec
 from homkv.formats.hack2026 import Hack2026Codec
 from homkv.testing.inputs import make_tokens
@@ -34,7 +35,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def assert_accurate(found: Results, q: Tensor, view: LayerView, codec: Codec) -> None:
+def assert_accurate(found: Results, q: Tensor, view: LayerView, codec: PageCodec) -> None:
     """Against attention on the dense pages: no worse than twice the reference, which rounds Q and P to 8 bits too."""
     scale = codec.head_dim**-0.5
     rounded, exact = reference.attend(q.float(), view, codec, scale), reference.oracle(q.float(), view, codec, scale)
