@@ -5,8 +5,9 @@ import random
 
 import pytest
 import torch
+from eval_cases import sharp_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import homkv
 from homkv.errors import FormatError, ShapeError
@@ -48,19 +49,7 @@ def test_the_choice_is_near_the_best_of_all_choices() -> None:
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
     """Layer 1 attends sharply, layer 0 hardly at all, so that bits help layer 1."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-        initializer_range=0.12,
-    )
-    model = LlamaForCausalLM(config)
+    model = sharp_llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.mul_(0.01)
     words = Tokenizer(models.WordLevel({"a": 0} | {chr(33 + i): i for i in range(1, 90)}, unk_token="a"))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from eval_cases import sharp_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from homkv import cli
 from homkv.errors import FormatError, ShapeError, UnsupportedError
@@ -32,21 +33,9 @@ from homkv.models import LoadedModel, describe_model
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=200,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-        initializer_range=0.12,  # sharp attention, so that quantization shows
-    )
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
-    return describe_model(LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=words), "tiny")
+    return describe_model(sharp_llama(), PreTrainedTokenizerFast(tokenizer_object=words), "tiny")
 
 
 def ids(count: int, seed: int = 1) -> torch.Tensor:
