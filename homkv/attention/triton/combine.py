@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import NEVER, hadamard
-from homkv.attention.triton.schedule import find_splits
+from homkv.attention.triton.schedule import count_pages, count_tiles, find_splits, of_sequence
 
 
 @triton.jit
@@ -18,7 +18,8 @@ def load_rows(O, at, live, channel, inside, D: tl.constexpr):
 def combine_kernel(
     O, Lse, PartO, PartM, PartL, NumPages, batch, max_items, ExactO, ExactM, ExactL, ExactLen, exact_tokens,
     V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, EXACT_TILE: tl.constexpr,
-    EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial outputs of one query row and one run of channels, and rotate the pages' part back.
 
@@ -28,10 +29,13 @@ def combine_kernel(
     row = tl.program_id(0) % ROWS
     head = tl.program_id(0) // ROWS % HEADS
     b = tl.program_id(0) // (ROWS * HEADS)
-    tiles = tl.cdiv(tl.minimum(tl.load(ExactLen + b), exact_tokens), EXACT_TILE)
-    item, count = find_splits(b, NumPages, batch, max_items, STEP, BATCH_BLOCK)
+    all_tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)
+    units = all_tiles + tl.cdiv(count_pages(NumPages, batch, BATCH_BLOCK), PAGES)
+    item, count = find_splits(b, units, batch, max_items, STEP, BATCH_BLOCK)
+    tiles = of_sequence(all_tiles, b, BATCH_BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     e = tl.arange(0, EXACT_TILES)
     exact_at = ((b * HEADS + head) * EXACT_TILES + e) * ROWS + row
     exact_m = tl.load(ExactM + exact_at, mask=e < tiles, other=NEVER)
