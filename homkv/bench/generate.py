@@ -7,6 +7,7 @@ every sequence seals one page. All formats run the same model code, with fused R
 
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -83,10 +84,11 @@ class GenerateBenchOptions:
 
     model: str = "llama-3.1-8b"
     formats: tuple[str, ...] = (BASE, "fp8", "balanced", "small")
-    batches: tuple[int, ...] = (8,)
-    contexts: tuple[int, ...] = (65536,)
+    batches: tuple[int, ...] = (1, 8, 16)
+    contexts: tuple[int, ...] = (32768, 65536, 131072)
     steps: int = 64
     repetitions: int = 3
+    seconds: float | None = None  # after so long no repetition is begun
     check_tokens: int = 4096  # prompt of the check that a captured loop gives the plain loop's tokens; 0: none
     record: Path | None = None  # JSONL, appended
 
@@ -97,8 +99,10 @@ Row = dict[str, Any]
 def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
     """Measure, print a table, append JSONL to ``options.record``; returns one dict per format, batch and context.
 
-    What the device's memory does not hold is skipped, and the row says so. Raises UnsupportedError without a GPU.
+    What the device's memory or ``options.seconds`` does not hold is skipped, and the row says so. Raises
+    UnsupportedError without a GPU.
     """
+    deadline = time.monotonic() + (options.seconds or math.inf)
     if not torch.cuda.is_available():
         raise UnsupportedError("expected a CUDA device, found none; on a CPU run `homkv bench attention`")
     if options.model not in MODELS:
@@ -112,7 +116,7 @@ def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
         for batch in options.batches:
             for context in options.contexts:
                 console.print(f"[dim]{options.model}, batch {batch}, {context:,} tokens ...[/dim]")
-                rows += case_rows(model, shape, batch, context, options)
+                rows += case_rows(model, shape, batch, context, options, deadline)
     console.print(speed_table([row for row in rows if row["kind"] == "generate"]))
     for row in rows:
         if row["kind"] == "generate-check":
@@ -143,14 +147,21 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def case_rows(
-    model: PreTrainedModel, shape: ModelShape, batch: int, context: int, options: GenerateBenchOptions
+    model: PreTrainedModel,
+    shape: ModelShape,
+    batch: int,
+    context: int,
+    options: GenerateBenchOptions,
+    deadline: float,
 ) -> list[Row]:
-    """One batch and context: every format in every repetition, in turn."""
+    """One batch and context: every format in every repetition, in turn; none is begun behind the deadline."""
     rows = {
         name: base_row("generate", name, options) | {"batch": batch, "context": context} for name in options.formats
     }
     samples: dict[str, list[float]] = {name: [] for name in options.formats}
     for _ in range(options.repetitions):
+        if time.monotonic() > deadline:
+            break
         for name, row in rows.items():
             if "skipped" in row:
                 continue
@@ -160,7 +171,9 @@ def case_rows(
                 except (CapacityError, torch.OutOfMemoryError) as error:
                     row["skipped"] = str(error).splitlines()[0][:120]
     for name, row in rows.items():
-        if samples[name] and "skipped" not in row:
+        if not samples[name]:
+            row.setdefault("skipped", f"no time left of {options.seconds} s")
+        if "skipped" not in row:
             row["step_ms"] = statistics.median(samples[name])
             row["step_ms_all"] = samples[name]
             row["tokens_per_s"] = batch / row["step_ms"] * 1e3

@@ -108,6 +108,7 @@ def generate(
     context: Annotated[list[int] | None, typer.Option(help="Tokens per sequence; repeat the option.")] = None,
     steps: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
     repetitions: Annotated[int, typer.Option(help="Turns of every format.")] = 3,
+    seconds: Annotated[float | None, typer.Option(help="After so long no turn is begun.")] = None,
     check_tokens: Annotated[int, typer.Option(help="Prompt of the check with and without graph; 0: none.")] = 4096,
     json_file: Annotated[Path | None, typer.Option("--json", help="Append one line per row to this file.")] = None,
 ) -> None:
@@ -122,6 +123,7 @@ def generate(
         contexts=tuple(context or usual.contexts),
         steps=steps,
         repetitions=repetitions,
+        seconds=seconds,
         check_tokens=check_tokens,
         record=json_file,
     )

@@ -232,7 +232,17 @@ def store_partial(
 
 
 # Sizes that differ from call to call must not compile a kernel each.
-SIZES = ["stride_b", "stride_h", "stride_t", "batch", "max_items", "max_pages", "num_blocks", "exact_tokens", "num_slots"]
+SIZES = [
+    "stride_b",
+    "stride_h",
+    "stride_t",
+    "batch",
+    "max_items",
+    "max_pages",
+    "num_blocks",
+    "exact_tokens",
+    "num_slots",
+]
 
 
 @triton.jit(do_not_specialize=SIZES)
