@@ -232,20 +232,11 @@ def store_partial(
 
 
 # Sizes that differ from call to call must not compile a kernel each.
-SIZES = [
-    "stride_b",
-    "stride_h",
-    "stride_t",
-    "batch",
-    "max_items",
-    "max_pages",
-    "num_blocks",
-    "exact_tokens",
-    "num_slots",
-]
+STRIDES = ["stride_b", "stride_h", "stride_t"]
+SIZES = ["batch", "max_items", "max_pages", "num_blocks", "exact_tokens", "num_slots"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=STRIDES + SIZES)
 def decode_kernel(
     Q, Order, stride_b, stride_h, stride_t, scale_log2, Pool, PageTable, NumPages, PartO, PartM, PartL, ExactK, ExactV,
     ExactLen, Slots, ExactO, ExactM, ExactL, batch, max_items, max_pages, num_blocks, exact_tokens, num_slots,
@@ -254,7 +245,7 @@ def decode_kernel(
     EXACT_TILE: tl.constexpr, EXACT_TILES: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr,
     BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence and kv head: partial outputs of its exact tiles and of its pages. Grid (max_items, HEADS).
+    """One split of one sequence and kv head: partial outputs of its exact tiles and pages. Grid (max_items, HEADS).
 
     PAGES: a unit's, two for up to 4 query rows, else one; more than 8 rows are two sets of columns. A page is asked for
     one step ahead; its keys are loaded into registers at the end of the step before, the rest when its step begins.

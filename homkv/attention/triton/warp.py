@@ -231,7 +231,7 @@ def pack_halves(low, high):
 
 @triton.jit
 def start_dependents(condition):
-    """Let the next kernel be launched, as far as this program is concerned; without a branch, for the middle of a loop."""
+    """Let the next kernel be launched as far as this program is concerned; no branch in the middle of a loop."""
     if USE_PTX:
         asm: tl.constexpr = "{.reg .pred p; setp.ne.s32 p, $1, 0; @p griddepcontrol.launch_dependents; mov.b32 $0, 0;}"
         tl.inline_asm_elementwise(asm, "=r,r", [condition.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)

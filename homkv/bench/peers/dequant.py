@@ -308,9 +308,9 @@ def attend(
     )  # fmt: skip
     dequant_kernel[(work.max_items, heads)](
         *work.query, view.pool.view(torch.int8), view.page_table, view.num_pages, view.exact_len, *work.partial, batch,
-        work.max_items, view.page_table.shape[1], view.pool.shape[0], exact_tokens, **shape, V=classes(layout.v_classes),
-        EXACT_TILE=EXACT_TILE, CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, **splits, PDL=pdl, num_warps=1, num_stages=1,
-        maxnreg=config.max_registers, launch_pdl=pdl,
+        work.max_items, view.page_table.shape[1], view.pool.shape[0], exact_tokens, **shape,
+        V=classes(layout.v_classes), EXACT_TILE=EXACT_TILE, CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes,
+        **splits, PDL=pdl, num_warps=1, num_stages=1, maxnreg=config.max_registers, launch_pdl=pdl,
     )  # fmt: skip
     o = torch.empty(q.shape, device=device)
     combine_kernel[(batch * heads * rows, len(runs(layout)))](
