@@ -11,6 +11,7 @@ from homkv.attention.triton.warp import (
     lane_parts,
     max_over_rows,
     start_dependents,
+    store_number,
     sum_over_rows,
     transpose_bytes,
 )
@@ -218,8 +219,8 @@ def store_partial(
         if PAGES == 2:
             total += across(total, 2)
         own = (row + e < ROWS) & (g == 0)
-        tl.store(PartM + at + row + e, top[e], mask=own)
-        tl.store(PartL + at + row + e, total, mask=own)
+        store_number(PartM + at + row + e, top[e], own)
+        store_number(PartL + at + row + e, total, own)
     for c in tl.static_range(len(V)):
         for i in tl.static_range((V[c][1] + 31) // 32):
             for r in tl.static_range(8):
@@ -228,7 +229,7 @@ def store_partial(
                 if PAGES == 2:
                     x += across(x, 2)
                 place = PartO + (at + row + r % 2) * D + (V[c][0] + channel)
-                tl.store(place, x, mask=(row + r % 2 < ROWS) & (channel < V[c][1]))
+                store_number(place, x, (row + r % 2 < ROWS) & (channel < V[c][1]))
 
 
 # Sizes that differ from call to call must not compile a kernel each.
@@ -281,7 +282,8 @@ def decode_kernel(
     q_head = Q + b.to(tl.int64) * stride_b + head * (ROWS // Q_LEN) * stride_h
     for i in tl.static_range(SETS):
         n = i * 8 + (g % 4 if PAGES == 2 else g)
-        q_row = q_head + (n // Q_LEN * stride_h + n % Q_LEN * stride_t)
+        row = tl.minimum(n, ROWS - 1)
+        q_row = q_head + (row // Q_LEN * stride_h + row % Q_LEN * stride_t)
         gathered = gathered + (gather_queries(q_row, channels, n < ROWS, q, K, D, DP),)
     now = find_pages(pool, table, first, last, num_blocks, PAGES, STRIDE)
     following = find_pages(pool, table, first + PAGES, last, num_blocks, PAGES, STRIDE)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import MAGIC
-from homkv.attention.triton.warp import across, from_lane, load4, pack_bytes, pack_halves
+from homkv.attention.triton.warp import across, from_lane, load4, load_number, pack_bytes, pack_halves
 
 
 @triton.jit
@@ -33,30 +33,21 @@ def load_order(Order, q, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def gather_slots(q_row, channels, live, start, stop, STRIDE: tl.constexpr):
-    """Query values of slots ``start + STRIDE * i .. + 3`` below ``stop``, zero elsewhere."""
+    """Query values of slots ``start + STRIDE * i .. + 3`` below ``stop`` as float32, zero elsewhere."""
     out = ()
     for i in tl.static_range(len(channels)):
         inside = live & (start + (STRIDE * (i // 4) + i % 4) < stop)
-        out = out + (tl.load(q_row + channels[i], mask=inside, other=0.0),)
+        out = out + (tl.where(inside, load_number(q_row + channels[i]), 0.0),)
     return out
 
 
 @triton.jit
 def gather_queries(q_row, channels, live, q, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Query values of the lane's channels, as they are stored; ``q_row`` points at the lane's row."""
+    """Query values of the lane's channels; ``q_row`` points at the lane's row, or where not ``live`` at another."""
     out = ()
     for c in tl.static_range(len(K)):
         out = out + (gather_slots(q_row, channels[c], live, K[c][0] + 4 * q, K[c][0] + K[c][1], 16),)
     return out + (gather_slots(q_row, channels[len(K)], live, q * (DP // 4), D, 4),)
-
-
-@triton.jit
-def to_float(x):
-    """Registers as float32."""
-    out = ()
-    for i in tl.static_range(len(x)):
-        out = out + (x[i].to(tl.float32),)
-    return out
 
 
 @triton.jit
@@ -101,7 +92,7 @@ def both_columns(x, q):
 def class_codes(x, q, WIDTH: tl.constexpr):
     """``(steps, worth)``: right operands of a class and ``max |q| / 127`` of the lane's column."""
     STEPS: tl.constexpr = (WIDTH + 31) // 32
-    x = rotate_slots(to_float(x), q, WIDTH & -WIDTH)
+    x = rotate_slots(x, q, WIDTH & -WIDTH)
     largest = largest_of(x)
     inverse = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
     steps = ()
@@ -119,7 +110,6 @@ def class_codes(x, q, WIDTH: tl.constexpr):
 @triton.jit
 def centre_operands(x, DP: tl.constexpr, SPLIT: tl.constexpr):
     """``(terms, unit)``: one or two right operands and the power of two that is their unit."""
-    x = to_float(x)
     largest = largest_of(x)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 30 << 23)
     scale = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
