@@ -21,7 +21,7 @@ MIN_UNITS = 1  # of a split: the time of few pages counts more than that of merg
 EXACT_TILE = 32  # exact tokens that are attended to at a time
 MERGED_SPLITS = 256  # at most, of partial outputs that are merged at a time
 WHOLE = 32  # channels of a rotation that are worth a program of the merge
-MERGED_NUMBERS = 2048  # of a warp of the merge: registers for its loads in flight
+MERGED_NUMBERS = 4096  # of a warp of the merge: registers for its loads in flight
 
 
 def wave(rows: int) -> tuple[int, int | None]:

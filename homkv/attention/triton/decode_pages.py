@@ -10,7 +10,6 @@ from homkv.attention.triton.warp import (
     across,
     lane_parts,
     max_over_rows,
-    start_dependents,
     store_number,
     sum_over_rows,
     transpose_bytes,
@@ -251,12 +250,12 @@ def decode_kernel(
     PAGES: a unit's, two for up to 4 query rows, else one; more than 8 rows are two sets of columns. A page is asked for
     one step ahead; its keys are loaded into registers at the end of the step before, the rest when its step begins.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     item = tl.program_id(0)
     head = tl.program_id(1)
     g, q = lane_parts()
     channels = load_order(Order, q, K, D, DP)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     counts = count_pages(NumPages, batch, BATCH_BLOCK)
     all_tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)
     units = all_tiles + tl.cdiv(counts, PAGES)
@@ -312,8 +311,6 @@ def decode_kernel(
         later = find_pages(pool, table, at + 2 * PAGES, last, num_blocks, PAGES, STRIDE)
         for p in tl.static_range(PAGES):
             prefetch_page(following[p], PAGE_BYTES)
-        if PDL:
-            start_dependents(at + PAGES >= stop)
         alive = own | (at + 1 < stop)
         new = ()
         for i in tl.static_range(SETS):
@@ -324,6 +321,8 @@ def decode_kernel(
         now = following
         following = later
 
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     at = (item * HEADS + head).to(tl.int64) * ROWS
     for i in tl.static_range(SETS):
         store_partial(PartO, PartM, PartL, states[i], at, i * 8 + q * 2, g, ROWS, V, D, PAGES)

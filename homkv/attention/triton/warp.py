@@ -264,11 +264,3 @@ def pack_halves(low, high):
     else:
         first = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
         return first | high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-
-
-@triton.jit
-def start_dependents(condition):
-    """Let the next kernel be launched as far as this program is concerned; no branch in the middle of a loop."""
-    if USE_PTX:
-        asm: tl.constexpr = "{.reg .pred p; setp.ne.s32 p, $1, 0; @p griddepcontrol.launch_dependents; mov.b32 $0, 0;}"
-        tl.inline_asm_elementwise(asm, "=r,r", [condition.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
