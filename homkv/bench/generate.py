@@ -112,19 +112,24 @@ def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
     rows: list[Row] = []
     with attention_of(model), fused_norms(model), fused_rotary(model), torch.no_grad():
         if options.check_tokens:
-            rows += [check_row(model, shape, name, options) for name in options.formats]
+            rows += keep([check_row(model, shape, name, options) for name in options.formats], options.record)
         for batch in options.batches:
             for context in options.contexts:
                 console.print(f"[dim]{options.model}, batch {batch}, {context:,} tokens ...[/dim]")
-                rows += case_rows(model, shape, batch, context, options, deadline)
+                rows += keep(case_rows(model, shape, batch, context, options, deadline), options.record)
     console.print(speed_table([row for row in rows if row["kind"] == "generate"]))
     for row in rows:
         if row["kind"] == "generate-check":
             counts = f"{row['equal_tokens']} of {row['tokens']}"
             console.print(f"{row['format']}: {counts} tokens equal with and without graph")
-    if options.record is not None:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with options.record.open("a", encoding="utf-8") as file:
+    return rows
+
+
+def keep(rows: list[Row], record: Path | None) -> list[Row]:
+    """Append rows to the record as soon as there are any: a run may be cut off. Gives them back."""
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
 
