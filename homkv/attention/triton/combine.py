@@ -19,7 +19,7 @@ def combine_kernel(
     O, Lse, PartO, PartM, PartL, NumPages, batch, max_items, ExactO, ExactM, ExactL, ExactLen, exact_tokens,
     V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, EXACT_TILE: tl.constexpr,
     EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, ROTATE: tl.constexpr = False,
 ):  # fmt: skip
     """Merge the partial outputs of one query row and one run of channels, and rotate the pages' part back.
 
@@ -44,7 +44,7 @@ def combine_kernel(
         if tl.program_id(1) == c:
             total, top = combine_run(
                 O, PartO, PartM, PartL, ExactO, exact_at, exact_m, exact_l, e < tiles, item, count, head, row, V, c, D,
-                ROWS, HEADS, SPLITS,
+                ROWS, HEADS, SPLITS, ROTATE,
             )  # fmt: skip
             if c == 0:
                 lse = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf"))
@@ -55,6 +55,7 @@ def combine_kernel(
 def combine_run(
     O, PartO, PartM, PartL, ExactO, exact_at, exact_m, exact_l, exact_live, item, count, head, row, V: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Output of one run of channels; returns the denominator and the maximum it is relative to."""
     WIDTH: tl.constexpr = V[C][1]
@@ -81,7 +82,9 @@ def combine_run(
         exact = exact * decay
         pages = pages * decay + tl.sum(part * share[:, None], 0)
         top = new
-    if V[C][2]:
+    if not ROTATE:
+        exact += pages
+    elif V[C][2]:
         exact += hadamard(pages[None, :], 1, PADDED, WIDTH & -WIDTH).reshape([PADDED])
     out = exact * tl.where(total > 0, 1.0 / total, 0.0)
     tl.store(O + tl.program_id(0).to(tl.int64) * D + channel, out, mask=c < WIDTH)

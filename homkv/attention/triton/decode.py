@@ -83,7 +83,7 @@ def attend_rows(
     launch_splits(q, view, codec, softmax_scale * LOG2E.value, plan, partial, exact)
     o = torch.empty(q.shape, dtype=torch.float32, device=device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
-    channels = runs(codec.layout)
+    channels = runs(codec.layout, whole_blocks=False)
     combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](
         o, lse, *partial, view.num_pages, plan.batch, plan.max_items, *exact, view.exact_len, view.exact_k.shape[2],
         V=channels, **plan.splits, **merging(plan.max_items, plan.batch, channels), PDL=plan.pdl, launch_pdl=plan.pdl,
@@ -125,7 +125,7 @@ def classes(of: tuple[ChannelClass, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple((c.start, c.width, c.bits, c.codes_offset, c.scales_offset) for c in of)
 
 
-def runs(layout: PageLayout) -> tuple[tuple[int, int, bool], ...]:
+def runs(layout: PageLayout, *, whole_blocks: bool) -> tuple[tuple[int, int, bool], ...]:
     """Values' channels in runs ``(start, width, stored)`` that cover the head: classes and what lies between them.
 
     A class whose rotation works on blocks of at least WHOLE channels is a run per block.
@@ -135,7 +135,8 @@ def runs(layout: PageLayout) -> tuple[tuple[int, int, bool], ...]:
         if cls.start > at:
             out.append((at, cls.start - at, False))
         block = cls.width & -cls.width
-        width = block if block >= WHOLE else cls.width
+        width = block if whole_blocks else WHOLE
+        width = width if width >= WHOLE and cls.width % width == 0 else cls.width
         out += [(start, width, True) for start in range(cls.start, cls.stop, width)]
         at = cls.stop
     if at < layout.head_dim:

@@ -203,6 +203,40 @@ def empty_state(BLOCKS: tl.constexpr):
     return o, (zero + NEVER, zero + NEVER), (zero, zero)
 
 
+@triton.constexpr_function
+def register_bit(level):
+    """What the index of a register differs by between partners of a butterfly; see rotate_back."""
+    return 2 << level if level < 2 else 8 << (level - 5)
+
+
+@triton.constexpr_function
+def block_of(width):
+    """Channels that are rotated together."""
+    return width & -width
+
+
+@triton.jit
+def rotate_back(x, g, BLOCK: tl.constexpr):
+    """Hadamard transform, not normalized, of blocks of channels ``32 i + 4 g + 2 a + b``.
+
+    Registers are in order (i, a, b, column).
+    """
+    for level in tl.static_range(BLOCK.bit_length() - 1):
+        new = ()
+        if level >= 2 and level < 5:
+            sign = 1.0 - 2.0 * ((g >> (level - 2)) & 1).to(tl.float32)
+            for i in tl.static_range(len(x)):
+                new = new + (x[i] * sign + across(x[i], 1 << level),)
+        else:
+            for i in tl.static_range(len(x)):
+                if i & register_bit(level):
+                    new = new + (x[i - register_bit(level)] - x[i],)
+                else:
+                    new = new + (x[i] + x[i + register_bit(level)],)
+        x = new
+    return x
+
+
 @triton.jit
 def store_partial(
     PartO, PartM, PartL, state, at, row, g, ROWS: tl.constexpr, V: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr
@@ -221,14 +255,18 @@ def store_partial(
         store_number(PartM + at + row + e, top[e], own)
         store_number(PartL + at + row + e, total, own)
     for c in tl.static_range(len(V)):
+        x = ()
         for i in tl.static_range((V[c][1] + 31) // 32):
             for r in tl.static_range(8):
-                channel = 32 * i + 4 * g + r // 4 * 2 + r // 2 % 2
-                x = o[count_blocks(V, c) + i][r] * share[r % 2]
+                y = o[count_blocks(V, c) + i][r] * (share[r % 2] * block_of(V[c][1]) ** -0.5)
                 if PAGES == 2:
-                    x += across(x, 2)
-                place = PartO + (at + row + r % 2) * D + (V[c][0] + channel)
-                store_number(place, x, (row + r % 2 < ROWS) & (channel < V[c][1]))
+                    y += across(y, 2)
+                x = x + (y,)
+        x = rotate_back(x, g, block_of(V[c][1]))
+        for i in tl.static_range(len(x)):
+            channel = i // 8 * 32 + 4 * g + i // 4 % 2 * 2 + i // 2 % 2
+            place = PartO + (at + row + i % 2) * D + (V[c][0] + channel)
+            store_number(place, x[i], (row + i % 2 < ROWS) & (channel < V[c][1]))
 
 
 # Sizes that differ from call to call must not compile a kernel each.

@@ -312,11 +312,11 @@ def attend(
         V=classes(layout.v_classes), EXACT_TILE=EXACT_TILE, CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes,
         **splits, PDL=pdl, num_warps=1, num_stages=1, maxnreg=config.max_registers, launch_pdl=pdl,
     )  # fmt: skip
-    o = torch.empty(q.shape, device=device)
-    combine_kernel[(batch * heads * rows, len(runs(layout)))](
+    o, channels = torch.empty(q.shape, device=device), runs(layout, whole_blocks=True)
+    combine_kernel[(batch * heads * rows, len(channels))](
         o, torch.empty(q.shape[:3], device=device), *work.partial, view.num_pages, batch, work.max_items, *work.exact,
-        view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE,
-        EXACT_TILES=tiles, PAGES=1, **splits, **merging(work.max_items, batch, runs(layout)), PDL=pdl,
+        view.exact_len, exact_tokens, V=channels, D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE,
+        EXACT_TILES=tiles, PAGES=1, ROTATE=True, **splits, **merging(work.max_items, batch, channels), PDL=pdl,
         launch_pdl=pdl,
     )  # fmt: skip
     return o
