@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.llama import modeling_llama
 
 from homkv.attention.triton.runtime import is_available
 from homkv.bench import generate
@@ -26,7 +25,7 @@ from homkv.bench.generate import (
 from homkv.bench.static_kv import StaticKV
 from homkv.errors import UnsupportedError
 from homkv.generate import Decoder, PagesKV
-from homkv.generate.fuse import fused_norms, fused_rotary
+from homkv.generate.fuse import fused_norms
 from homkv.generate.loop import attention_of
 from homkv.testing.compare import assert_relative
 
@@ -183,18 +182,3 @@ def test_no_turn_is_begun_behind_the_deadline(monkeypatch: pytest.MonkeyPatch) -
     late = generate.case_rows(model, TINY, 4, 64, options, -math.inf)
     assert all(row["skipped"] == "no time left of 1 s" for row in late)
     Console(file=io.StringIO()).print(speed_table(late))
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_fused_rotary_has_the_models_bits(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
-        pytest.skip("the interpreter truncates to bfloat16")
-    model = random_model(TINY, DEVICE).to(dtype)
-    ids = torch.randint(TINY.vocab_size, (2, 5), device=DEVICE)
-    with torch.no_grad():
-        expected = model(ids).logits
-        with fused_rotary(model) as count:
-            assert count == 1
-            assert torch.equal(model(ids).logits, expected)
-        assert "fuse" not in modeling_llama.apply_rotary_pos_emb.__module__
