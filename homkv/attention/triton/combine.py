@@ -21,10 +21,11 @@ def combine_kernel(
     EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr,
     PDL: tl.constexpr, ROTATE: tl.constexpr = False,
 ):  # fmt: skip
-    """Merge the partial outputs of one query row and one run of channels, and rotate the pages' part back.
+    """Merge the partial outputs of one query row and one run of channels.
 
     Grid (batch * HEADS * ROWS, len(V)). Rows of O and Lse: ``[batch, HEADS, ROWS]``. ``V``: runs of channels
-    ``(start, width, stored)`` that cover the head; those not stored have exact tokens only.
+    ``(start, width, stored)`` that cover the head; those not stored have exact tokens only. ROTATE: runs are blocks in
+    which the pages' part is still to be rotated back.
     """
     row = tl.program_id(0) % ROWS
     head = tl.program_id(0) // ROWS % HEADS

@@ -20,7 +20,7 @@ from homkv.spec import ChannelClass, PageLayout
 MIN_UNITS = 1  # of a split: the time of few pages counts more than that of merging a few splits more
 EXACT_TILE = 32  # exact tokens that are attended to at a time
 MERGED_SPLITS = 256  # at most, of partial outputs that are merged at a time
-WHOLE = 32  # channels of a rotation that are worth a program of the merge
+WHOLE = 32  # channels that are worth a program of the merge
 MERGED_NUMBERS = 4096  # of a warp of the merge: registers for its loads in flight
 
 
@@ -128,7 +128,8 @@ def classes(of: tuple[ChannelClass, ...]) -> tuple[tuple[int, ...], ...]:
 def runs(layout: PageLayout, *, whole_blocks: bool) -> tuple[tuple[int, int, bool], ...]:
     """Values' channels in runs ``(start, width, stored)`` that cover the head: classes and what lies between them.
 
-    A class whose rotation works on blocks of at least WHOLE channels is a run per block.
+    A class is cut into runs of WHOLE channels, or, with ``whole_blocks``, into the blocks that its rotation works on;
+    where that would leave shorter runs, it is one.
     """
     out, at = [], 0
     for cls in layout.v_classes:
