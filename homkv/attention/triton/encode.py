@@ -22,7 +22,7 @@ from homkv.errors import DTypeError, FormatError, ShapeError
 from homkv.quant import quantize_keys, quantize_values, require_finite
 from homkv.spec import PAGE_TOKENS, ChannelClass, PageLayout
 
-CHANNELS_PER_THREAD = 32  # of a row: with 64 fewer instructions, but 12 warps per multiprocessor instead of 16; 5 % slower
+CHANNELS_PER_THREAD = 32  # of a row: 64 are fewer instructions but 12 warps per multiprocessor, not 16; 5 % slower
 MAX_VALUE_LANES = 8
 THREADS = 32  # of a program
 MAX_REGISTERS = 128
