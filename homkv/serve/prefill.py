@@ -115,7 +115,8 @@ class PrefillInstance:
             self._guarded(job, self._deliver)
         chosen = self._turns.next()
         if chosen is not None:
-            self._guarded(chosen, self._compute_chunk)
+            with self.status.computing():
+                self._guarded(chosen, self._compute_chunk)
 
     def _guarded(self, job: PromptJob, work: Callable[[PromptJob], None]) -> None:
         """Do something for a job; an error ends the job and nothing else."""
@@ -306,9 +307,15 @@ class PrefillInstance:
             packed_s=pipe.packed_s,
             sent_s=max(f.sent_s for f in frames),
             pack_busy_s=pipe.busy_s,
-            send_busy_s=self._shaper.seconds(wire_bytes),
+            send_busy_s=max(self._shaper.seconds(wire_bytes), _link_seconds(frames)),
             verify_busy_s=sum(f.verify_s for f in frames),
         )
         num_sent = len(ask.prompt_ids) - ask.first_page * pipe.target.page_tokens
         raw_bytes = 4 * self.loaded.num_layers * self.loaded.num_kv_heads * self.loaded.head_dim * num_sent
         return PrefillDone(ask.request_id, raw_bytes, wire_bytes, times, job.num_cached, pipe.error)
+
+
+def _link_seconds(frames: tuple[FrameTiming, ...]) -> float:
+    """Seconds that the frames' bytes take on the link, at most: at the pace of the fastest, which waited the least."""
+    pace_s = min((f.acked_s - f.sent_s - f.verify_s) / f.num_bytes for f in frames)
+    return max(pace_s, 0.0) * sum(f.num_bytes for f in frames)

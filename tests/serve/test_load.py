@@ -8,7 +8,8 @@ import pytest
 from gateway_cases import serving
 
 from homkv import cli
-from homkv.bench.load import Load, LoadOptions, LoadResult, Stream
+from homkv.bench.arrivals import LoadOptions
+from homkv.bench.load import Load, LoadResult, Stream
 from homkv.errors import ShapeError, TransferError
 from homkv.models import LoadedModel
 
@@ -21,7 +22,8 @@ def test_a_closed_loop_and_random_arrivals_are_measured(loaded: LoadedModel) -> 
         assert {s.num_prompt_tokens for s in closed.done} == {60}
         assert all(0 < s.ttft_s < s.e2el_s for s in closed.done)
         assert closed.tokens_per_s == pytest.approx(96 / closed.wall_s)
-        assert set(closed.before) == set(closed.after) != set()
+        before, after = closed.samples
+        assert set(before.values) == set(after.values) > {"gateway open_fds"}
         poisson = Load(LoadOptions(service.url, num_requests=10, rate=20.0, max_tokens=4, shared_words=30)).run()
         assert len(poisson.done) == 10
         service.assert_free()
