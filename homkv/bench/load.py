@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 
 from homkv.bench.arrivals import Ask, LoadOptions, asks
-from homkv.bench.soak import Sample, growth, take_sample
+from homkv.bench.soak import Growth, Sample, growth, take_sample
 from homkv.errors import TransferError
 
 PERCENTILES = (50, 90, 99)
@@ -71,6 +71,10 @@ class LoadResult:
         """New tokens of whole answers per second of the run."""
         return sum(s.num_tokens for s in self.done) / self.wall_s
 
+    def growth(self) -> list[Growth]:
+        """Of what the service holds, over the second half; of runs with a duration, since others fill what is empty."""
+        return [] if self.options.duration_s is None else growth(self.samples)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the key, and of the samples only the first and the last."""
         options = asdict(self.options)
@@ -90,7 +94,7 @@ class LoadResult:
             "latencies": self.latencies(),
             "before": self.samples[0].values if self.samples else {},
             "after": self.samples[-1].values if self.samples else {},
-            "growth": {g.name: asdict(g) for g in growth(self.samples)},
+            "growth": [asdict(g) for g in self.growth()],
         }
 
 

@@ -21,7 +21,8 @@ GATEWAY = {
     "process_open_fds": "open_fds",
     "homkv_requests_accepted": "requests_accepted",
 }
-INSTANCE = ("resident_memory_bytes", "open_fds", "requests_receiving", "prefix_pages_held")
+INSTANCE = ("resident_memory_bytes", "open_fds", "requests_running", "requests_receiving", "prefix_pages_held")
+JUDGED = ("resident_memory_bytes", "open_fds", "requests_accepted", "requests_receiving", "pages_in_use")
 WARM_UP = 0.5  # of a run: pools, caches and books of limited size fill up; growth is judged behind it
 MIN_SAMPLES = 10
 TOLERANCE = 0.005  # of the mean: less growth than that over what was judged is none, whatever its sign is
@@ -89,7 +90,7 @@ def growth(samples: Sequence[Sample]) -> list[Growth]:
     judged = [s for s in samples[:-1] if s.at_s >= WARM_UP * samples[-1].at_s]
     if len(judged) < MIN_SAMPLES:
         return []
-    names = [name for name in judged[-1].values if not name.startswith("streams_")]
+    names = [name for name in judged[-1].values if name.split()[-1] in JUDGED]
     points = {name: [(s.at_s / 3600, s.values[name]) for s in judged if name in s.values] for name in names}
     return [_fit(name, *np.array(found).T) for name, found in points.items() if len(found) >= MIN_SAMPLES]
 

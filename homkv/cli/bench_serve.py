@@ -53,7 +53,6 @@ def serve(
     Exit code 1 after any error, or if memory, pages, leases or open files grew.
     """
     from homkv.bench.arrivals import LoadOptions
-    from homkv.bench.soak import growth
 
     values = given(context)
     for name in ("plots", "json_file"):
@@ -65,7 +64,7 @@ def serve(
 
         for path in save(result.samples, plots):
             print(path)
-    if result.errors or any(g.grows for g in growth(result.samples)):
+    if result.errors or any(g.grows for g in result.growth()):
         raise typer.Exit(1)
 
 
@@ -123,14 +122,16 @@ def _title(result: "LoadResult") -> str:
 
 def _resources(result: "LoadResult") -> Table:
     """What the service held before and after, and the slope in between where there are enough samples."""
-    from homkv.bench.soak import growth
-
-    fits = {g.name: g for g in growth(result.samples)}
-    table = Table("", "before", "after", "per hour, 95 %", "", box=box.SIMPLE_HEAD)
+    fits = {g.name: g for g in result.growth()}
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
+    for title in ("before", "after", "per hour, 95 %", ""):
+        table.add_column(title, justify="right", no_wrap=True)
     before, after = result.samples[0].values, result.samples[-1].values
     for name in [n for n in after if n in before and not n.startswith("streams_")]:
         unit = MIB if name.endswith("_bytes") else 1
-        row = [name, f"{before[name] / unit:,.0f}", f"{after[name] / unit:,.0f}"]
+        title = name.replace("_bytes", " MiB").replace("_", " ")
+        row = [title, f"{before[name] / unit:,.0f}", f"{after[name] / unit:,.0f}"]
         if name in fits:
             fit = fits[name]
             row.append(f"{fit.low / unit:+,.1f} to {fit.high / unit:+,.1f}")
