@@ -70,7 +70,7 @@ def render_one(request: "RequestView", width: int) -> Group:
 def render_many(requests: "list[RequestView]", width: int) -> Group:
     """One line per request, all on one scale."""
     longest_s = max((r.elapsed_s for r in requests), default=1.0)
-    bar_width = max(width - 86, 10)
+    bar_width = max(width - 84, 8)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("request", max_width=34, overflow="ellipsis", no_wrap=True)
     table.add_column("")

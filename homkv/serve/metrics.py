@@ -114,6 +114,7 @@ NAMED_GAUGES = (
     ("homkv_page_blocks_free", "Blocks of pages that a new request can have", "blocks_free"),
     ("homkv_page_blocks", "Blocks of pages", "blocks_total"),
     ("homkv_leases_open", "Reservations whose KV has not come whole", "requests_receiving"),
+    ("homkv_link_bytes_per_second", "What the link carried at its best, which it carries at least", "link_bytes_per_s"),
     ("homkv_prefix_pages_asked", "Pages of prompts that were looked up", "prefix_pages_asked"),
     ("homkv_prefix_pages_found", "Of them, pages that were there", "prefix_pages_found"),
 )

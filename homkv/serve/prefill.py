@@ -1,5 +1,6 @@
 """The prefill instance: computes prompts chunk by chunk, in turns, sending a layer's pages while the next computes."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class PrefillInstance:
         self._turns: Turns[PromptJob] = Turns()
         self._sending: list[PromptJob] = []
         self._closer = ThreadPoolExecutor(4, thread_name_prefix="close")  # closing may wait for a dead peer
-        self._num_begun = 0
+        self._num_begun, self._link_bytes_per_s = 0, 0.0
         self._current: PromptJob | None = None  # in the middle of a chunk
 
     @property
@@ -165,6 +166,7 @@ class PrefillInstance:
             "prefix_pages_found": self.prefixes.index.num_found,
             "prefix_pages_held": len(self.prefixes.index),
             "prefix_bytes": self.prefixes.num_bytes,
+            "link_bytes_per_s": self._link_bytes_per_s,
         }
 
     def _accept(self, job: PromptJob) -> None:
@@ -298,6 +300,16 @@ class PrefillInstance:
                 "faster link or a smaller format"
             )
 
+    def _link_rate(self, frames: tuple[FrameTiming, ...]) -> float:
+        """Bytes per second that the link carries, at least: a receipt also waits for the decode instance's step.
+
+        So the fastest frame so far says the most. A shaped link's rate is known.
+        """
+        paces = (f.num_bytes / max(f.acked_s - f.sent_s - f.verify_s, 1e-6) for f in frames)
+        limit = math.inf if self._shaper.gbps is None else self._shaper.gbps * 1e9 / 8
+        self._link_bytes_per_s = min(max(self._link_bytes_per_s, *paces), limit)
+        return self._link_bytes_per_s
+
     def _done(self, job: PromptJob, pipe: LayerPipe, frames: tuple[FrameTiming, ...]) -> PrefillDone:
         ask, wire_bytes = job.ask, sum(f.num_bytes for f in frames)
         times = PrefillTimes(
@@ -307,15 +319,9 @@ class PrefillInstance:
             packed_s=pipe.packed_s,
             sent_s=max(f.sent_s for f in frames),
             pack_busy_s=pipe.busy_s,
-            send_busy_s=max(self._shaper.seconds(wire_bytes), _link_seconds(frames)),
+            send_busy_s=wire_bytes / self._link_rate(frames),
             verify_busy_s=sum(f.verify_s for f in frames),
         )
         num_sent = len(ask.prompt_ids) - ask.first_page * pipe.target.page_tokens
         raw_bytes = 4 * self.loaded.num_layers * self.loaded.num_kv_heads * self.loaded.head_dim * num_sent
         return PrefillDone(ask.request_id, raw_bytes, wire_bytes, times, job.num_cached, pipe.error)
-
-
-def _link_seconds(frames: tuple[FrameTiming, ...]) -> float:
-    """Seconds that the frames' bytes take on the link, at most: at the pace of the fastest, which waited the least."""
-    pace_s = min((f.acked_s - f.sent_s - f.verify_s) / f.num_bytes for f in frames)
-    return max(pace_s, 0.0) * sum(f.num_bytes for f in frames)
