@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 
 from homkv.bench.arrivals import Ask, LoadOptions, asks
-from homkv.bench.soak import Growth, Sample, growth, take_sample
+from homkv.bench.soak import Growth, Sample, growth, left_behind, take_sample
 from homkv.errors import TransferError
 
 PERCENTILES = (50, 90, 99)
@@ -72,8 +72,12 @@ class LoadResult:
         return sum(s.num_tokens for s in self.done) / self.wall_s
 
     def growth(self) -> list[Growth]:
-        """Of what the service holds, over the second half; of runs with a duration, since others fill what is empty."""
+        """Of memory and open files, over the second half; of runs with a duration, since others fill what is empty."""
         return [] if self.options.duration_s is None else growth(self.samples)
+
+    def left_behind(self) -> dict[str, float]:
+        """What the service still holds although nothing runs; known where samples were taken."""
+        return {} if self.options.sample_s is None else left_behind(self.samples)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the key, and of the samples only the first and the last."""
@@ -95,6 +99,7 @@ class LoadResult:
             "before": self.samples[0].values if self.samples else {},
             "after": self.samples[-1].values if self.samples else {},
             "growth": [asdict(g) for g in self.growth()],
+            "left_behind": self.left_behind(),
         }
 
 

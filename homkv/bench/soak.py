@@ -22,7 +22,13 @@ GATEWAY = {
     "homkv_requests_accepted": "requests_accepted",
 }
 INSTANCE = ("resident_memory_bytes", "open_fds", "requests_running", "requests_receiving", "prefix_pages_held")
-JUDGED = ("resident_memory_bytes", "open_fds", "requests_accepted", "requests_receiving", "pages_in_use")
+SLOPES = ("resident_memory_bytes", "open_fds")  # leaks show as a slope
+AT_REST = (
+    "requests_accepted",
+    "requests_running",
+    "requests_receiving",
+    "pages_in_use",
+)  # follow the load: 0 behind it
 WARM_UP = 0.5  # of a run: pools, caches and books of limited size fill up; growth is judged behind it
 MIN_SAMPLES = 10
 TOLERANCE = 0.005  # of the mean: less growth than that over what was judged is none, whatever its sign is
@@ -90,9 +96,18 @@ def growth(samples: Sequence[Sample]) -> list[Growth]:
     judged = [s for s in samples[:-1] if s.at_s >= WARM_UP * samples[-1].at_s]
     if len(judged) < MIN_SAMPLES:
         return []
-    names = [name for name in judged[-1].values if name.split()[-1] in JUDGED]
+    names = [name for name in judged[-1].values if name.split()[-1] in SLOPES]
     points = {name: [(s.at_s / 3600, s.values[name]) for s in judged if name in s.values] for name in names}
     return [_fit(name, *np.array(found).T) for name, found in points.items() if len(found) >= MIN_SAMPLES]
+
+
+def left_behind(samples: Sequence[Sample]) -> dict[str, float]:
+    """Requests, leases and pages that are still held in the last sample, taken at rest, beyond those of the first."""
+    if not samples:
+        return {}
+    before, after = samples[0].values, samples[-1].values
+    names = [name for name in after if name.split()[-1] in AT_REST]
+    return {name: after[name] - before.get(name, 0.0) for name in names if after[name] > before.get(name, 0.0)}
 
 
 def _fit(name: str, hours: Array, values: Array) -> Growth:
@@ -154,7 +169,8 @@ def draw(samples: Sequence[Sample]) -> Figure:
         axes.set_xlabel("minutes")
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        if names:
+            axes.legend(frameon=False, fontsize=8)
     return figure
 
 

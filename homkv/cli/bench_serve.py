@@ -50,7 +50,7 @@ def serve(
 ) -> None:
     """Put a running `homkv serve` under load: TTFT, TPOT and E2EL, errors, growth.
 
-    Exit code 1 after any error, or if memory, pages, leases or open files grew.
+    Exit code 1 after any error, if memory or open files grew, or if pages or leases are still held at the end.
     """
     from homkv.bench.arrivals import LoadOptions
 
@@ -64,7 +64,7 @@ def serve(
 
         for path in save(result.samples, plots):
             print(path)
-    if result.errors or any(g.grows for g in result.growth()):
+    if result.errors or result.left_behind() or any(g.grows for g in result.growth()):
         raise typer.Exit(1)
 
 
@@ -109,6 +109,7 @@ def render(result: "LoadResult") -> Group:
     errors = ", ".join(f"{count} {why}" for why, count in result.errors.items()) or "none"
     speed = f"{result.tokens_per_s:,.1f} tokens/s"
     lines = [f"{len(result.done)} done, up to {result.max_open} at a time, {speed}, errors: {errors}"]
+    lines += [f"still held at rest: {count:,.0f} {name}" for name, count in result.left_behind().items()]
     return Group(table, Text("\n".join(lines)), _resources(result))
 
 

@@ -70,19 +70,19 @@ def render_one(request: "RequestView", width: int) -> Group:
 def render_many(requests: "list[RequestView]", width: int) -> Group:
     """One line per request, all on one scale."""
     longest_s = max((r.elapsed_s for r in requests), default=1.0)
-    bar_width = max(width - 84, 8)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("request", max_width=34, overflow="ellipsis", no_wrap=True)
-    table.add_column("")
-    for name in ("prompt", "answer", "TTFT", "time"):
+    name_width = max((len(r.request_id) for r in requests), default=0)
+    bar_width = max(width - min(name_width, 40) - 46, 8)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("request", no_wrap=True, max_width=40)
+    table.add_column("", no_wrap=True)
+    for name in ("tokens", "TTFT", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where it went", width=bar_width, no_wrap=True)
+    table.add_column("", width=bar_width, no_wrap=True)
     for r in requests:
         style = "red" if r.state in ("failed", "cancelled") else ""
-        counts = (str(r.num_prompt_tokens), str(r.num_tokens))
-        times = (_time(r.ttft_s), _time(r.elapsed_s))
+        numbers = (f"{r.num_prompt_tokens}+{r.num_tokens}", _time(r.ttft_s), _time(r.elapsed_s))
         bar = _stacked(r.phases_s, bar_width / max(longest_s, 1e-9))
-        table.add_row(Text(printable(r.request_id)), Text(printable(r.state), style), *counts, *times, bar)
+        table.add_row(Text(printable(r.request_id)), Text(printable(r.state), style), *numbers, bar)
     legend = Text("  ").join(Text.assemble(("█ ", colour), name.replace("_", " ")) for name, colour in COLOURS.items())
     return Group(table, legend)
 

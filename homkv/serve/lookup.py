@@ -1,6 +1,7 @@
 """Ask a running gateway about itself, from any machine."""
 
 from typing import TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -32,8 +33,7 @@ class Lookup:
 
     def request(self, request_id: str) -> RequestView:
         """One request. Raises UnsupportedError for one that is unknown or forgotten."""
-        quoted = httpx.URL("http://x").copy_with(path=f"/v1/requests/{request_id}").raw_path.decode()
-        return self._decoded(quoted, RequestView)
+        return self._decoded(f"/v1/requests/{quote(request_id, safe='')}", RequestView)
 
     def metrics(self) -> str:
         """Prometheus' text."""
