@@ -1,4 +1,4 @@
-"""Does a service grow? Samples of what it holds, and a line fitted through each of them."""
+"""Does a service grow? Samples of what it holds, and a line fitted through memory and open files."""
 
 import json
 import logging
@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from homkv.errors import FormatError
@@ -22,6 +21,7 @@ GATEWAY = {
     "homkv_requests_accepted": "requests_accepted",
 }
 INSTANCE = ("resident_memory_bytes", "open_fds", "requests_running", "requests_receiving", "prefix_pages_held")
+LOAD = "gateway requests_accepted"
 SLOPES = ("resident_memory_bytes", "open_fds")  # leaks show as a slope
 AT_REST = (
     "requests_accepted",
@@ -32,7 +32,6 @@ AT_REST = (
 WARM_UP = 0.5  # of a run: pools, caches and books of limited size fill up; growth is judged behind it
 MIN_SAMPLES = 10
 TOLERANCE = 0.005  # of the mean: less growth than that over what was judged is none, whatever its sign is
-Array = NDArray[np.float64]
 COLOURS = ("#0b5fa5", "#d1495b", "#07a398", "#edae49", "#6f58c9", "#777777")
 
 
@@ -46,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Growth:
-    """A line fitted through one quantity behind the warm-up. ``low high``: 95 % of the slope."""
+    """A line fitted through one quantity behind the warm-up, at equal load. ``low high``: 95 % of the slope."""
 
     name: str
     mean: float
@@ -86,19 +85,37 @@ def held(text: str) -> dict[str, float]:
 
 
 def growth(samples: Sequence[Sample]) -> list[Growth]:
-    """Fit a line through every quantity behind the warm-up; empty if there are too few samples.
+    """Fit ``value = mean + slope * time + c * load`` to every quantity behind the warm-up; empty with too few samples.
 
-    Least squares; the slope's error is that of residuals whose neighbours are correlated as the found ones are:
-    ``n (1 - r) / (1 + r)`` of them count. The last sample, taken at rest, is left out.
+    ``load`` is the number of requests under way: each has sockets and buffers, so without it a busier end of the run
+    would look like growth. Least squares; neighbouring residuals are correlated, r of them, so ``n (1 - r) / (1 + r)``
+    samples count. The last sample, taken at rest, is left out.
     """
-    if not samples:
-        return []
-    judged = [s for s in samples[:-1] if s.at_s >= WARM_UP * samples[-1].at_s]
-    if len(judged) < MIN_SAMPLES:
-        return []
-    names = [name for name in judged[-1].values if name.split()[-1] in SLOPES]
-    points = {name: [(s.at_s / 3600, s.values[name]) for s in judged if name in s.values] for name in names}
-    return [_fit(name, *np.array(found).T) for name, found in points.items() if len(found) >= MIN_SAMPLES]
+    judged = [s for s in _behind_warm_up(samples) if LOAD in s.values]
+    names = dict.fromkeys(name for s in judged for name in s.values if name.split()[-1] in SLOPES)
+    points = {name: [s for s in judged if name in s.values] for name in names}
+    return [_fit(name, found) for name, found in points.items() if len(found) >= MIN_SAMPLES]
+
+
+def _behind_warm_up(samples: Sequence[Sample]) -> list[Sample]:
+    return [s for s in samples[:-1] if s.at_s >= WARM_UP * samples[-1].at_s]
+
+
+def _fit(name: str, samples: Sequence[Sample]) -> Growth:
+    hours = np.array([s.at_s for s in samples]) / 3600
+    load = np.array([s.values[LOAD] for s in samples])
+    values = np.array([s.values[name] for s in samples])
+    terms = np.stack((np.ones_like(hours), hours - hours.mean(), load - load.mean()), 1)
+    inverse = np.linalg.pinv(terms.T @ terms)
+    mean, slope, per_request = map(float, inverse @ terms.T @ values)
+    rest = values - terms @ (mean, slope, per_request)
+    power = float(rest @ rest)
+    r = max(float(rest[1:] @ rest[:-1]) / power, 0.0) if power > 0 else 0.0
+    count = max(len(values) * (1 - r) / (1 + r), 4.0)
+    error = 2 * float(inverse[1, 1] * power / (count - 3)) ** 0.5
+    change = slope * float(hours[-1] - hours[0])
+    grows = slope > error and change > max(TOLERANCE * mean, 1.0)
+    return Growth(name, mean, slope, slope - error, slope + error, change, grows)
 
 
 def left_behind(samples: Sequence[Sample]) -> dict[str, float]:
@@ -108,19 +125,6 @@ def left_behind(samples: Sequence[Sample]) -> dict[str, float]:
     before, after = samples[0].values, samples[-1].values
     names = [name for name in after if name.split()[-1] in AT_REST]
     return {name: after[name] - before.get(name, 0.0) for name in names if after[name] > before.get(name, 0.0)}
-
-
-def _fit(name: str, hours: Array, values: Array) -> Growth:
-    slope, start = np.polyfit(hours, values, 1)
-    rest = values - (slope * hours + start)
-    power = float(rest @ rest)
-    r = max(float(rest[1:] @ rest[:-1]) / power, 0.0) if power > 0 else 0.0
-    count = max(len(values) * (1 - r) / (1 + r), 3.0)
-    error = (power / len(values) / (count - 2) / hours.var()) ** 0.5
-    low, high, change = slope - 2 * error, slope + 2 * error, slope * (hours[-1] - hours[0])
-    tolerance = max(TOLERANCE * values.mean(), 1.0)
-    grows = bool(low > 0 and change > tolerance)
-    return Growth(name, float(values.mean()), float(slope), float(low), float(high), float(change), grows)
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -176,7 +180,7 @@ def draw(samples: Sequence[Sample]) -> Figure:
 
 def _fitted(samples: Sequence[Sample], fit: Growth, unit: float) -> tuple[Iterable[float], Iterable[float]]:
     """Ends of the fitted line, which passes through the mean at the middle of what was judged."""
-    judged = [s.at_s for s in samples[:-1] if s.at_s >= WARM_UP * samples[-1].at_s]
+    judged = [s.at_s for s in _behind_warm_up(samples)]
     middle = sum(judged) / len(judged)
     ends = (judged[0], judged[-1])
     return [at / 60 for at in ends], [(fit.mean + fit.per_hour * (at - middle) / 3600) / unit for at in ends]
