@@ -45,6 +45,38 @@ def test_errors_are_counted(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
         assert "api_key" not in rows[0]["options"]
 
 
+def test_a_trace_is_replayed_while_the_service_is_watched(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, record = tmp_path / "trace.jsonl", tmp_path / "load.jsonl"
+    rows = [{"arrival_s": 0.1 * i, "prompt_tokens": 40 + i, "output_tokens": 3 + i % 2} for i in range(12)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["homkv", "bench", "serve", "--trace", str(trace), "--sample-s", "0.4", "--json", str(record)]
+    with serving(loaded) as service:
+        monkeypatch.setattr(sys, "argv", [*command, "--url", service.url, "--plots", str(tmp_path / "plots")])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 0
+        said = [json.loads(line) for line in record.read_text().splitlines()]
+        *samples, result = said
+        assert {row["kind"] for row in samples} == {"serve-sample"}
+        assert len(samples) >= 4
+        assert samples[-1]["values"]["streams_done"] == 12
+        assert samples[-1]["values"]["gateway requests_accepted"] == 0
+        assert result["kind"] == "serve-load"
+        assert (result["num_done"], result["new_tokens"]) == (12, 6 * 3 + 6 * 4)
+        assert result["prompt_tokens"] == sum(row["prompt_tokens"] for row in rows)
+        assert (result["options"]["trace"], result["left_behind"], result["growth"]) == ("trace.jsonl", {}, [])
+        assert 1.1 <= result["wall_s"] < 30
+        assert (tmp_path / "plots" / "serve-soak.svg").exists()
+        trace.write_text(trace.read_text() + '{"arrival_s": 0.0, "prompt_tokens": 1, "output_tokens": 0}\n')
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        assert "line 13: expected a whole number of tokens" in " ".join(capsys.readouterr().err.split())
+        service.assert_free()
+
+
 def test_percentiles() -> None:
     streams = [Stream(ttft_s=float(i), e2el_s=float(i) + 2, num_tokens=3) for i in range(1, 101)]
     result = LoadResult(LoadOptions("http://x"), 10.0, [*streams, Stream(error="HTTP 503")], 7)
