@@ -18,7 +18,8 @@ from homkv.models import LoadedModel
 from homkv.serve.diagnose import GROUPS, Diagnosis, Readings, diagnose
 from homkv.serve.lifecycle import PHASES
 
-RECORDED = Path(__file__).parent / "metrics-smollm2.prom"  # of the soak in benchmarks/results/serve-soak.jsonl
+# Of the soaks in benchmarks/results/serve-soak.jsonl.
+RECORDED, CROWDED = (Path(__file__).parent / f"metrics-{name}.prom" for name in ("smollm2", "smollm2-crowded"))
 
 
 def made(
@@ -167,6 +168,17 @@ def test_recorded_metrics_of_a_soak() -> None:
     slow = of(text, 0.001).compression
     assert slow is not None
     assert slow.helps == "yes"
+
+
+def test_recorded_metrics_of_a_crowded_service() -> None:
+    """The same machine with five times the load: prompts wait for each other. The link's rate is the one it saw."""
+    found = of(CROWDED.read_text())
+    assert (found.bound, found.remedy) == ("prefill", "more prefill instances")
+    assert found.phases_s["turn"] > 10 * found.phases_s["prefill"]
+    assert found.compression is not None
+    assert (found.compression.helps, found.compression.is_measured) == ("no", True)
+    assert found.compression.link_bytes_per_s > 50e6
+    assert found.warnings == []  # cancelled requests are none
 
 
 def test_a_running_service_behind_a_slow_link_is_bound_by_it(
