@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Growth:
-    """A line fitted through one quantity behind the warm-up, at equal load. ``low high``: 95 % of the slope."""
+    """A line fitted through one quantity behind the warm-up. ``low high``: 95 % of the slope."""
 
     name: str
     mean: float
@@ -85,10 +85,10 @@ def held(text: str) -> dict[str, float]:
 
 
 def growth(samples: Sequence[Sample]) -> list[Growth]:
-    """Fit ``value = mean + slope * time + c * load`` to every quantity behind the warm-up; empty with too few samples.
+    """Fit ``value = mean + slope * time`` to memory and open files behind the warm-up; empty with too few samples.
 
-    ``load`` is the number of requests under way: each has sockets and buffers, so without it a busier end of the run
-    would look like growth. Least squares; neighbouring residuals are correlated, r of them, so ``n (1 - r) / (1 + r)``
+    Open files have one more term, ``c * load``: every request under way has sockets, so a busier end of the run would
+    look like growth. Least squares; neighbouring residuals are correlated, r of them, so ``n (1 - r) / (1 + r)``
     samples count. The last sample, taken at rest, is left out.
     """
     judged = [s for s in _behind_warm_up(samples) if LOAD in s.values]
@@ -103,7 +103,7 @@ def _behind_warm_up(samples: Sequence[Sample]) -> list[Sample]:
 
 def _fit(name: str, samples: Sequence[Sample]) -> Growth:
     hours = np.array([s.at_s for s in samples]) / 3600
-    load = np.array([s.values[LOAD] for s in samples])
+    load = np.array([s.values[LOAD] if name.endswith("open_fds") else 0.0 for s in samples])
     values = np.array([s.values[name] for s in samples])
     terms = np.stack((np.ones_like(hours), hours - hours.mean(), load - load.mean()), 1)
     inverse = np.linalg.pinv(terms.T @ terms)

@@ -48,6 +48,19 @@ def test_noise_is_seldom_taken_for_growth() -> None:
     assert not any(fit.grows for fit in fits)
 
 
+def test_open_files_are_judged_at_equal_load() -> None:
+    """A busier second half opens more files and leaks none; one file a minute beside the same load is a leak."""
+    for leak, grows in ((0.0, False), (1.0, True)):
+        samples = []
+        for i in range(181):
+            load = float(i % 9 + i // 10)
+            files = 30 + 2 * load + leak * i / 6
+            samples.append(Sample(10.0 * i, {FILES: files, "gateway requests_accepted": load}))
+        (fit,) = growth(samples)
+        assert fit.grows == grows
+        assert fit.per_hour == pytest.approx(60 * leak, abs=1e-6)
+
+
 def test_too_few_samples_say_nothing() -> None:
     assert growth([]) == []
     assert growth(run(100e6, count=2 * MIN_SAMPLES - 4)) == []
