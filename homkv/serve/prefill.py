@@ -1,6 +1,5 @@
 """The prefill instance: computes prompts chunk by chunk, in turns, sending a layer's pages while the next computes."""
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -305,9 +304,11 @@ class PrefillInstance:
 
         So the fastest frame so far says the most. A shaped link's rate is known.
         """
-        paces = (f.num_bytes / max(f.acked_s - f.sent_s - f.verify_s, 1e-6) for f in frames)
-        limit = math.inf if self._shaper.gbps is None else self._shaper.gbps * 1e9 / 8
-        self._link_bytes_per_s = min(max(self._link_bytes_per_s, *paces), limit)
+        if self._shaper.gbps is None:
+            paces = (f.num_bytes / max(f.acked_s - f.sent_s - f.verify_s, 1e-6) for f in frames)
+            self._link_bytes_per_s = max(self._link_bytes_per_s, *paces)
+        else:
+            self._link_bytes_per_s = self._shaper.gbps * 1e9 / 8
         return self._link_bytes_per_s
 
     def _done(self, job: PromptJob, pipe: LayerPipe, frames: tuple[FrameTiming, ...]) -> PrefillDone:
