@@ -83,9 +83,8 @@ class _Request:
 class DecodeInstance:
     """Decodes on pages that prefill instances send. ``formats``: names of ``--kv-cache-dtype`` that it accepts.
 
-    ``max_tokens``: room for KV, in tokens, per format. ``lease_s``: room for which no sign of life comes for so long is
-    freed and its client told; ``max_lease_s``: the same if its KV is not complete by then, whatever came; ``clock``
-    is theirs. Raises FormatError or UnsupportedError for a format that this model cannot use.
+    ``max_tokens``: room for KV, in tokens, per format. ``lease_s``, ``max_lease_s``, ``clock``: of a Lease on room that
+    waits for KV. Raises FormatError or UnsupportedError for a format that this model cannot use.
     """
 
     def __init__(
@@ -150,8 +149,9 @@ class DecodeInstance:
         self._listen(0.0 if busy else idle_s)
         self._expire()
         self._admit()
-        for engine in self.engines.values():
-            self._step(engine)
+        with self.status.computing():
+            for engine in self.engines.values():
+                self._step(engine)
 
     def _listen(self, timeout_s: float) -> None:
         """Handle what arrived. Receipts leave with the next poll, which must not wait for a decode step."""

@@ -52,7 +52,8 @@ class Dispatcher:
         options: LinkOptions = SERVING,
         on_end: Callable[[Record, HomkvError | None], None] = lambda record, error: None,
     ) -> None:
-        self.limits, self.records = limits or DispatchOptions(), RecordBook()
+        self.limits = limits or DispatchOptions()
+        self.records = RecordBook(self.limits.max_records)
         self._fleet = Fleet(prefills, decodes, security, options)
         self._on_end = on_end
         self._commands: deque[Callable[[], None]] = deque()
@@ -258,9 +259,8 @@ class Dispatcher:
         if prefill is None:
             self._attempt_failed(request, LinkError("vanished", "expected a prefill instance, found none left"), None)
             return
-        order = request.order(prefill, ticket)
+        record, order = request.record, request.order(prefill, ticket)
         prefill.load[request.sequence] = len(order.prompt_ids)
-        record = request.record
         record.num_shared_pages = ticket.first_page
         record.move(State.PREFILLING, instance=prefill.name, epoch=ticket.epoch, first_page=ticket.first_page)
         record.end_phase("wait")

@@ -58,6 +58,7 @@ class DispatchOptions:
     max_requests: int = 512  # accepted and not ended
     reservations_per_instance: int = 4  # that wait for room at one decode instance; the others choose later
     request_timeout_s: float = 600.0
+    max_records: int = 2000  # newest requests that can be looked up
     no_instance_timeout_s: float = 30.0  # a request fails if for so long no instance could take it
 
 
