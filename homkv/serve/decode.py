@@ -357,8 +357,7 @@ class DecodeInstance:
             for request in batch:
                 self._fail(request, error)
             return
-        self.status.counters["steps"] += 1
-        self.status.counters["tokens"] += len(batch)
+        self.status.counters.update(steps=1, tokens=len(batch))
         for request, row in zip(batch, logits, strict=True):
             try:
                 choice = choose(row, request.ask.sampling, request.ask.first_index + request.num_sent)
@@ -371,7 +370,8 @@ class DecodeInstance:
         """Stream a token; end the request at its last one."""
         ask, index = request.ask, request.num_sent
         data = logits.numpy().tobytes() if ask.return_logits and logits is not None else None
-        self.listener.send(request.client, Token(ask.request_id, ask.first_index + index, choice, data))
+        evidence = request.engine.evidence(request.seq) if ask.return_evidence and index == 0 else None
+        self.listener.send(request.client, Token(ask.request_id, ask.first_index + index, choice, data, evidence))
         request.next_token = choice.token if ask.forced_ids is None else ask.forced_ids[index]
         request.num_sent += 1
         stop = ask.forced_ids is None and not ask.ignore_eos and choice.token in self._stop_tokens()

@@ -32,6 +32,7 @@ class Query:
     sampling: Sampling = field(default_factory=Sampling)
     forced_ids: list[int] | None = None
     return_logits: bool = False
+    return_evidence: bool = False  # with the first token: what the decode instance holds then
     ignore_eos: bool = False
     report_progress: bool = False
 
@@ -107,6 +108,7 @@ class Request:
             query.ignore_eos,
             None if query.forced_ids is None else query.forced_ids[len(self.tokens) :],
             query.return_logits,
+            query.return_evidence,
         )
 
     def order(self, prefill: Member, ticket: Ticket) -> Prefill:
