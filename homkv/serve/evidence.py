@@ -1,7 +1,7 @@
 """What a decode instance holds of a prompt, in a form that two runs, or two services, can compare.
 
-Equal texts prove little: an answer often survives damaged KV. Equal bytes prove that the transfer did nothing, and equal
-attention over them that they are read through the right references.
+Equal texts prove little: an answer often survives damaged KV. Equal bytes prove that the transfer changed nothing, and
+equal attention over them that they are read through the right references.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,8 +19,9 @@ QUERY_SEED = 7  # of the queries that attention is probed with: any fixed one
 def collect(
     loaded: LoadedModel, stored: Callable[[int], Iterable[Tensor]], attend: Callable[[int, Tensor], Tensor]
 ) -> Evidence:
-    """``stored(layer)``: what is held of a layer; ``attend(layer, q [1, H, 1, D])``: attention over it, ``[1, H, 1, D]``.
+    """Digest everything and attend once per layer.
 
+    ``stored(layer)``: what is held; ``attend(layer, q)``: attention of ``q [1, H, 1, D]`` over it, of the same shape.
     ``kv`` is XXH3-128 over all bytes, layer by layer; ``attention`` float32 little endian ``[L, H, D]``.
     """
     digest, outputs = xxhash.xxh3_128(), []

@@ -134,10 +134,14 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attention: bytes
 
 
+FinishReason = Literal["stop", "length"]
+
+
 class Token(_Message, frozen=True):
     """One generated token. ``logits``: float32 little endian, of the distribution it was chosen from.
 
-    ``evidence``: with the first token of an attempt that asked for it.
+    ``evidence``: with the first token of an attempt that asked for it. ``reason``: with the last one, so that the
+    answer is known to be whole before Done comes.
     """
 
     request_id: RequestId
@@ -145,6 +149,7 @@ class Token(_Message, frozen=True):
     choice: Choice
     logits: bytes | None = None
     evidence: Evidence | None = None
+    reason: FinishReason | None = None
 
 
 class DecodeTimes(msgspec.Struct, frozen=True):
@@ -153,9 +158,6 @@ class DecodeTimes(msgspec.Struct, frozen=True):
     verified_s: float  # the last layer was verified and stored
     first_token_s: float
     done_s: float
-
-
-FinishReason = Literal["stop", "length"]
 
 
 class Done(_Message, frozen=True):

@@ -78,6 +78,7 @@ class Request:
     ticket: Ticket | None = None
     prefill_done: PrefillDone | None = None
     done: Done | None = None
+    reason: FinishReason | None = None  # of the last token: the answer is whole, whatever fails now
 
     @property
     def prompt_ids(self) -> list[int]:

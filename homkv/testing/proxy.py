@@ -1,8 +1,8 @@
 """A proxy in front of a listener that reads ZMTP 3.1 on its way, so that it can harm single messages of a link.
 
 It works on TCP connections: each connection of a peer has one of its own to the listener, and when one side ends, the
-other does. That keeps what ZeroMQ says about connections true through the proxy. On links with keys it sees each part of
-a message as a message of its own, sealed, whose length tells what it is (homkv.testing.names).
+other does. That keeps what ZeroMQ says about connections true through the proxy. On links with keys it sees each part
+of a message as a message of its own, sealed, whose length tells what it is (homkv.testing.names).
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""What is injected into which service, and what came of it."""
+"""What is injected into which service."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 from homkv.errors import UnsupportedError
 from homkv.eval.chaos.service import Service
@@ -21,9 +21,7 @@ class Case:
     service: Service
 
 
-def make_cases(
-    seed: int, count: int, kinds: Sequence[Kind] = (), services: Sequence[Service] = SERVICES
-) -> list[Case]:
+def make_cases(seed: int, count: int, kinds: Sequence[Kind] = (), services: Sequence[Service] = SERVICES) -> list[Case]:
     """``count`` faults that follow from ``seed``: every kind (of ``kinds``, if given) at every message, then again.
 
     Kills, stops and restarts go to processes, if these are among the ``services``; the other kinds to the others, in
@@ -45,38 +43,3 @@ def make_cases(
         service: Service = "processes" if to_processes else others[number // per_round % len(others)]
         cases.append(Case(number, fault, service))
     return cases
-
-
-@dataclass
-class Outcome:
-    """What one fault did. States and errors are of the victim and of its neighbour."""
-
-    number: int
-    service: Service
-    fault: Fault
-    policy: str
-    was_hit: bool = False  # its message passed
-    states: list[str] = field(default_factory=list)
-    noticed: list[str] = field(default_factory=list)  # what the service counted
-    broken: list[str] = field(default_factory=list)  # invariants
-    errors: list[str] = field(default_factory=list)  # that the clients were told
-    num_tokens: int = 0  # told under the fault, and compared
-    num_wrong: int = 0  # answers
-    leaked_blocks: int = 0
-    free_s: float = 0.0  # from the last end until nothing was held
-    recovery_s: float = 0.0  # from then until a clean request was answered
-
-    @classmethod
-    def of(cls, case: Case, policy: str) -> "Outcome":
-        """Nothing has happened yet."""
-        return cls(case.number, case.service, case.fault, policy)
-
-    @property
-    def was_detected(self) -> bool:
-        """Whether the service noticed anything or a client was told of an error."""
-        return bool(self.noticed or self.errors)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without what is empty."""
-        plain = asdict(self)
-        return {name: value for name, value in plain.items() if value not in ([], 0, 0.0)}

@@ -9,6 +9,7 @@ from homkv.serve.spawn import InstanceOptions, LocalCluster
 from homkv.testing.faults import Where
 
 NAMES: dict[Where, str] = {"prefill": "prefill-0", "decode": "decode-0"}
+START_S = 20.0  # most of it is spent on importing torch
 DRAIN_S = 0.1  # asked to stop, an instance lets go of what runs: it must tell whose it was
 
 
@@ -28,7 +29,7 @@ class ProcessCell(Cell):
         self.cluster = LocalCluster(options)
         self.cluster.__enter__()
         reached = {where: self.cluster.addresses(where)[0] for where in NAMES}
-        super().__init__(subject, reached, self.cluster.security, policy)
+        super().__init__(subject, reached, self.cluster.security, policy, START_S)
 
     def _signal(self, where: Where, number: signal.Signals) -> None:
         self.cluster.processes[NAMES[where]].send_signal(number)

@@ -7,17 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from homkv.errors import HomkvError
-from homkv.eval.chaos.cases import Case, Outcome
+from homkv.eval.chaos.cases import Case
 from homkv.eval.chaos.judge import WRONG, References, Watched, broken_promises, make_query
 from homkv.eval.chaos.operator import Operator
 from homkv.eval.chaos.processes import ProcessCell
+from homkv.eval.chaos.record import Outcome
 from homkv.eval.chaos.service import Cell, Service, Subject
 from homkv.eval.chaos.threads import ThreadCell
 from homkv.serve.query import Policy
 
 FREE_TIMEOUT_S = 10.0  # after its end, everything it held is free
-RECOVERY_TIMEOUT_S = 20.0  # and by then, a clean request is served
+RECOVERY_TIMEOUT_S = 40.0  # and by then, a clean request is served
 HIT_TIMEOUT_S = 1.5  # for messages that come by the clock
+ERROR_LENGTH = 80  # what is kept of an error's text
 NEIGHBOURS = (11, 22, 33)  # prompts that come again and again: their pages are shared
 PROMPT_TOKENS = (150, 200, 300)
 POLICIES: tuple[Policy, Policy] = ("fail", "recompute")
@@ -26,13 +28,13 @@ Asked = list[tuple[Watched, int, int]]  # requests with their seeds and prompt l
 
 def run_case(cell: Cell, references: References, case: Case, policy: Policy) -> Outcome:
     """Inject one fault and judge what happens."""
-    fault, number, outcome = case.fault, case.number, Outcome.of(case, policy)
+    fault, number, outcome = case.fault, case.number, Outcome(case.number, case.service, case.fault, policy)
     link, operator = cell.links[fault.where], Operator(cell, fault)
     lengths = [PROMPT_TOKENS[number % 3], PROMPT_TOKENS[(number + 1) % 3]]
     seeds = [1000 + 10 * number, NEIGHBOURS[number % 3]]
     for seed, length in zip(seeds, lengths, strict=True):
         references.answer(seed, length)
-    before, end_timeout_s = cell.noticed(), 2 * cell.subject.request_timeout_s
+    before, end_timeout_s = cell.noticed(), 2 * cell.request_timeout_s
     link.arm(fault, None if fault.is_of_link else operator.hit)
     victim = operator.victim = Watched(cell.dispatcher, make_query(seeds[0], lengths[0]))
     neighbour = Watched(cell.dispatcher, make_query(seeds[1], lengths[1]))
@@ -67,7 +69,8 @@ def _judge_end(cell: Cell, references: References, outcome: Outcome, requests: A
         outcome.states.append(request.state)
         outcome.num_wrong += bool(set(broken) & set(WRONG))
         outcome.num_tokens += len(request.told)
-        outcome.errors += [str(ended.error)[:120] for ended in request.ends if ended.error is not None]
+        told = (str(ended.error)[:ERROR_LENGTH] for ended in request.ends if ended.error is not None)
+        outcome.errors += [text for text in told if text not in outcome.errors]
     if not _wait(lambda: not cell.held(), FREE_TIMEOUT_S * cell.subject.patience):
         held = cell.held()
         outcome.broken.append(f"everything freed, not {held}")
@@ -88,7 +91,7 @@ def _judge_recovery(cell: Cell, references: References, outcome: Outcome) -> Non
         if not _wait(lambda: cell.is_connected, timeout_s / 2):
             continue
         request = Watched(cell.dispatcher, make_query(seed, length))
-        request.wait(2 * cell.subject.request_timeout_s)
+        request.wait(2 * cell.request_timeout_s)
         broken = broken_promises(request, references, seed, length)
         outcome.broken += broken
         outcome.num_wrong += bool(set(broken) & set(WRONG))

@@ -78,14 +78,20 @@ class Cell(ABC):
     Belongs to one thread, but for :meth:`kill`, :meth:`terminate`, :meth:`pause` and :meth:`jump`.
     """
 
-    def __init__(self, subject: Subject, reached: dict[Where, Address], security: Security, policy: Policy) -> None:
+    def __init__(
+        self, subject: Subject, reached: dict[Where, Address], security: Security, policy: Policy, start_s: float = 0.0
+    ) -> None:
+        """``start_s``: how long an instance may take to start again."""
         self.subject, self._reached, self._security = subject, reached, security
+        self.request_timeout_s = subject.request_timeout_s + start_s
         self.links: dict[Where, FaultyLink] = {
             where: FaultyLink(address.endpoint, PlainNames if security.insecure else partial(SealedNames, where))
             for where, address in reached.items()
         }
         limits = DispatchOptions(
-            policy, request_timeout_s=subject.request_timeout_s, no_instance_timeout_s=4.0 * subject.patience
+            policy,
+            request_timeout_s=self.request_timeout_s,
+            no_instance_timeout_s=4.0 * subject.patience + start_s,
         )
         prefill, decode = ([Address(self.links[w].endpoint, reached[w].key)] for w in ("prefill", "decode"))
         self.dispatcher = Dispatcher(prefill, decode, security, limits=limits, options=subject.options)
