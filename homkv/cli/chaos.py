@@ -59,6 +59,7 @@ def chaos(
 def inject(plan: "Plan", record: Path, console: Console) -> "list[Outcome]":
     """Run what of a plan is not in its record yet. Returns everything that was judged, also if interrupted."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from homkv.bench.jct.run import machine
     from homkv.eval.chaos.cases import make_cases
@@ -69,6 +70,7 @@ def inject(plan: "Plan", record: Path, console: Console) -> "list[Outcome]":
     from homkv.serve import logs
 
     logs.configure("chaos", as_json=False, level=logging.CRITICAL)  # what fails here fails on purpose
+    disable_progress_bar()  # of a model that is saved
     torch.set_num_threads(1)  # as instances have: logits must not depend on how sums are split
     cases = make_cases(plan.seed, plan.faults, plan.kinds, plan.services)
     outcomes = read_outcomes(record, plan)

@@ -17,7 +17,7 @@ class Outcome(msgspec.Struct, tag="fault", tag_field="record", omit_defaults=Tru
     service: Service
     fault: Fault
     policy: str
-    was_hit: bool = False  # its message passed
+    passed_by: bool = False  # its message did not come
     states: list[str] = []
     noticed: list[str] = []  # what the service counted
     broken: list[str] = []  # invariants
@@ -76,9 +76,9 @@ class Totals(msgspec.Struct, tag="totals", tag_field="record"):
         """Add up."""
         totals = cls(name)
         for o in outcomes:
-            totals.injected += o.was_hit
-            totals.passed_by += not o.was_hit
-            totals.detected += o.was_hit and o.was_detected
+            totals.injected += not o.passed_by
+            totals.passed_by += o.passed_by
+            totals.detected += not o.passed_by and o.was_detected
             totals.done += o.states.count("done")
             totals.failed += o.states.count("failed")
             totals.cancelled += o.states.count("cancelled")

@@ -4,23 +4,17 @@ from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from homkv.eval.chaos.record import Outcome, Totals
 from homkv.testing.faults import KINDS, MESSAGES
 
-COLUMNS = (
-    "injected",
-    "detected",
-    "done",
-    "failed",
-    "cancelled",
-    "tokens",
-    "wrong",
-    "leaked",
-    "freed within",
-    "serves again within",
+COLUMNS = ("hit", "seen", "done", "failed", "cancelled", "wrong", "leaked", "freed s", "back s")
+EXPLANATION = (
+    "hit: faults injected; seen: of these, those that the service counted or a client was told of. done, failed, "
+    "cancelled: requests. wrong: answers with other KV bytes, attention, logits or tokens than without faults. leaked: "
+    "page blocks. freed: longest time until nothing was held; back: until a new request was answered."
 )
 
 
@@ -48,9 +42,10 @@ def render(outcomes: Sequence[Outcome]) -> Group:
     parts: list[RenderableType] = [_table(by, rows) for by, rows in summarize(outcomes).items() if by]
     (everything,) = summarize(outcomes)[""]
     lines = [
+        EXPLANATION,
         f"{everything.injected} faults injected, {everything.passed_by} passed by; "
         f"{everything.tokens} tokens compared, {everything.wrong} answers wrong, "
-        f"{everything.leaked_blocks} blocks leaked, {everything.broken} faults broke a promise"
+        f"{everything.leaked_blocks} blocks leaked, {everything.broken} faults broke a promise",
     ]
     for o in outcomes:
         if o.broken:
@@ -61,10 +56,10 @@ def render(outcomes: Sequence[Outcome]) -> Group:
 
 
 def _table(by: str, rows: Sequence[Totals]) -> Table:
-    table = Table(by, *COLUMNS, box=box.SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(Column(by, no_wrap=True), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
     for t in rows:
-        counts = (t.injected, t.detected, t.done, t.failed, t.cancelled, t.tokens, t.wrong, t.leaked_blocks)
-        table.add_row(t.name, *map(str, counts), f"{t.longest_free_s:.2f} s", f"{t.longest_recovery_s:.1f} s")
+        counts = (t.injected, t.detected, t.done, t.failed, t.cancelled, t.wrong, t.leaked_blocks)
+        table.add_row(t.name, *map(str, counts), f"{t.longest_free_s:.2f}", f"{t.longest_recovery_s:.1f}")
     return table

@@ -19,7 +19,7 @@ from homkv.serve.query import Policy
 FREE_TIMEOUT_S = 10.0  # after its end, everything it held is free
 RECOVERY_TIMEOUT_S = 40.0  # and by then, a clean request is served
 HIT_TIMEOUT_S = 1.5  # for messages that come by the clock
-ERROR_LENGTH = 80  # what is kept of an error's text
+ERROR_LENGTH = 60  # what is kept of an error's text
 NEIGHBOURS = (11, 22, 33)  # prompts that come again and again: their pages are shared
 PROMPT_TOKENS = (150, 200, 300)
 POLICIES: tuple[Policy, Policy] = ("fail", "recompute")
@@ -44,8 +44,8 @@ def run_case(cell: Cell, references: References, case: Case, policy: Policy) -> 
     in_time = all(request.wait(end_timeout_s) for request in requests)
     if in_time and "Status" in fault.message:
         _wait(lambda: not link.is_armed, HIT_TIMEOUT_S)
-    outcome.was_hit = not link.disarm()
-    if outcome.was_hit:
+    outcome.passed_by = link.disarm()
+    if not outcome.passed_by:
         operator.restore(end_timeout_s)
     _judge_end(cell, references, outcome, [*zip(requests, seeds, lengths, strict=True)])
     outcome.noticed = sorted(name for name, count in (cell.noticed() - before).items() if count)
@@ -69,7 +69,11 @@ def _judge_end(cell: Cell, references: References, outcome: Outcome, requests: A
         outcome.states.append(request.state)
         outcome.num_wrong += bool(set(broken) & set(WRONG))
         outcome.num_tokens += len(request.told)
-        told = (str(ended.error)[:ERROR_LENGTH] for ended in request.ends if ended.error is not None)
+        told = (
+            str(ended.error).removeprefix("expected ")[:ERROR_LENGTH]
+            for ended in request.ends
+            if ended.error is not None
+        )
         outcome.errors += [text for text in told if text not in outcome.errors]
     if not _wait(lambda: not cell.held(), FREE_TIMEOUT_S * cell.subject.patience):
         held = cell.held()
