@@ -91,21 +91,22 @@ class Dispatcher:
         return self._num_accepted
 
     def submit(self, query: Query, sink: Sink, request_id: str | None = None) -> str:
-        """Accept a request; returns its id. Raises CapacityError if ``max_requests`` have not ended."""
+        """Accept a request; returns its id. Raises CapacityError (too many) or TransferError (id in use, closed)."""
         request_id = request_id or secrets.token_hex(12)
         record = Record(request_id, len(query.prompt_ids))
         request = Request(query, sink, record, record.submitted_s + self.limits.request_timeout_s)
         with self._lock:
             if self._stop:
                 raise TransferError("expected a running dispatcher, found it closed; make a new one")
+            if (known := self.records.get(request_id)) is not None and not known.has_ended:
+                raise TransferError(f"expected a new request id, found {request_id!r} in use; choose another")
             if self._num_accepted >= self.limits.max_requests:
-                raise CapacityError(
-                    f"expected fewer than {self.limits.max_requests} requests at a time, found more; try again later"
-                )
+                why = f"expected fewer than {self.limits.max_requests} requests at a time, found more; try again later"
+                raise CapacityError(why)
+            self.records.add(record)
             self._num_accepted += 1
             self._commands.append(lambda: self._accept(request))
             self._wake.ring()
-        self.records.add(record)
         return request_id
 
     def cancel(self, request_id: str, why: str = "cancelled by its client") -> None:
@@ -253,8 +254,7 @@ class Dispatcher:
         """There is room: let the least loaded prefill instance compute the prompt."""
         if request.record.state != State.RESERVING:
             return
-        prefill = self._fleet.choose_prefill(request.source)
-        if prefill is None:
+        if (prefill := self._fleet.choose_prefill(request.source)) is None:
             self._attempt_failed(request, LinkError("vanished", "expected a prefill instance, found none left"), None)
             return
         order = request.order(prefill, ticket)
