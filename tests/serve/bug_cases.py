@@ -77,9 +77,9 @@ class Kept(RawRequest):
 
     def assert_held(self) -> None:
         """Every byte that was sent is held, and nothing else."""
-        engine = self.pair.decoder.engines[self.codec.name]
+        request = self.pair.decoder._requests[self.request_id]
+        engine, seq = request.engine, request.seq
         assert isinstance(engine, PagedEngine)
-        seq = self.pair.decoder._requests[self.request_id].seq
         for layer, content in self.__dict__["sent"].items():
             held = engine.cache.export_layer(layer, seq)
             assert torch.equal(held.pages, content.pages)

@@ -99,9 +99,9 @@ def test_a_page_out_of_range_is_refused(pair: Pair) -> None:
 def test_completed_requests_never_read_released_blocks(loaded: LoadedModel) -> None:
     """aws-do-eks#84: 8 of 42 completed requests had decoded from blocks that were released."""
     queries = [replace(QUERY, prompt_ids=prompt(150, seed=80 + i)) for i in range(7)]
-    with start_pair(loaded) as alone:
+    with start_pair(loaded, prefix_bytes=0) as alone:
         expected = [answer(alone, query) for query in queries]
-    with start_pair(loaded, max_tokens=2 * ONE_REQUEST) as pair, dispatching(pair) as dispatcher:
+    with start_pair(loaded, prefix_bytes=0, max_tokens=2 * ONE_REQUEST) as pair, dispatching(pair) as dispatcher:
         asked = [Asked(dispatcher, queries[i % 7]) for i in range(42)]
         for each in asked[::5]:
             dispatcher.cancel(each.request_id)
@@ -117,7 +117,7 @@ def test_a_bad_link_never_gets_wrong_tokens_through(loaded: LoadedModel) -> None
         expected, num_failed = answer(pair), 0
         with dispatching(pair, link.endpoint, policy="fail") as dispatcher:
             for i in range(8):
-                link.arm(Fault("flip", "decode", ("frame", "Token")[i % 2], nth=i % 3, seed=i))
+                link.arm(Fault("flip", "decode", ("frame", "Token")[i % 2], nth=i // 2 % 2, seed=i))
                 asked = Asked(dispatcher)
                 num_failed += asked.end().error is not None
                 tokens, evidence = asked.answer
@@ -160,9 +160,8 @@ def test_a_chunk_is_not_sent_before_it_is_computed(loaded: LoadedModel) -> None:
     assert found[0] == found[1]
 
 
-def test_the_hundredth_answer_is_as_good_as_the_first(pair: Pair) -> None:
+def test_the_hundredth_answer_is_as_good_as_the_first(loaded: LoadedModel) -> None:
     """sglang#23020: gibberish after about a hundred requests; here nothing piles up either."""
-    expected = answer(pair)
 
     def burst() -> tuple[int, int]:
         for i in range(60):
@@ -170,12 +169,14 @@ def test_the_hundredth_answer_is_as_good_as_the_first(pair: Pair) -> None:
         wait_until(lambda: not any(t.name.startswith(("send-", "pack")) for t in threading.enumerate()))
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
-    with dispatching(pair) as dispatcher:
-        burst_threads, burst_files = burst()
-        threads, files = burst()
-        assert threads <= burst_threads + 2
-        assert files <= burst_files + 8
-    assert answer(pair) == expected
+    with start_pair(loaded, prefix_bytes=0) as pair:
+        expected = answer(pair)
+        with dispatching(pair) as dispatcher:
+            first_threads, first_files = burst()
+            threads, files = burst()
+            assert threads <= first_threads + 2
+            assert files <= first_files + 8
+        assert answer(pair) == expected
 
 
 def test_a_completion_cannot_overtake_the_data(pair: Pair) -> None:
@@ -242,8 +243,8 @@ def test_a_write_that_cannot_begin_is_an_error(pair: Pair) -> None:
 def test_a_prompt_that_is_all_there_is_reported_done(loaded: LoadedModel) -> None:
     """vllm#56640: a request whose whole prefix was cached on the decode side was never reported done."""
     query = replace(QUERY, prompt_ids=prompt(4 + 2 * 64 + 64, seed=95))  # sinks, two pages, window
-    with start_pair(loaded) as pair, dispatching(pair) as dispatcher:
-        first, second = Asked(dispatcher, query), None
+    with start_pair(loaded, prefix_bytes=0) as pair, dispatching(pair) as dispatcher:
+        first = Asked(dispatcher, query)
         assert first.end().error is None
         second = Asked(dispatcher, query)
         ended = second.end()
