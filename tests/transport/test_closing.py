@@ -1,4 +1,4 @@
-"""Closing a connection whose other side is in trouble. libzmq ends the process where it meets what it does not expect."""
+"""Closing a connection whose other side is in trouble, which has ended whole processes inside libzmq."""
 
 import subprocess
 import sys
