@@ -3,9 +3,11 @@
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from serve_cases import wait_until
 from typer.testing import CliRunner
 
 from homkv.cli import app
@@ -129,8 +131,7 @@ def test_sealed_messages_are_told_apart(subject: Subject) -> None:
             for seed, length in ((1, 150), (2, 300)):
                 assert Watched(cell.dispatcher, make_query(seed, length)).wait(20)
             late = Watched(cell.dispatcher, make_query(3, 300))
-            with late.changed:
-                late.changed.wait_for(lambda: bool(late.told), 20)
+            wait_until(partial(bool, late.told))
             cell.dispatcher.cancel(late.request_id)
             assert late.wait(20)
             time.sleep(1.2)  # one more Status
@@ -139,7 +140,8 @@ def test_sealed_messages_are_told_apart(subject: Subject) -> None:
             assert 13 <= cell.links["decode"].counts["Token"] <= 18
             assert cell.links["decode"].counts["Reserve"] == cell.links["decode"].counts["Ticket"] == 3
             assert cell.links["decode"].counts["Done"] in (2, 3)
-            assert cell.links["prefill"].counts["Prefill"] == cell.links["prefill"].counts["PrefillDone"] == 3
+            assert cell.links["prefill"].counts["Prefill"] == 3
+            assert cell.links["prefill"].counts["PrefillDone"] in (2, 3)
     optional = {"Renew", "Failed", "Done"}  # by the clock, or if Cancel comes in time
     plain, sealed = ({where: names - optional for where, names in each.items()} for each in seen)
     assert plain == sealed
