@@ -32,6 +32,7 @@ class Query:
     sampling: Sampling = field(default_factory=Sampling)
     forced_ids: list[int] | None = None
     return_logits: bool = False
+    return_evidence: bool = False  # with the first token: what the decode instance holds then
     ignore_eos: bool = False
     report_progress: bool = False
 
@@ -78,6 +79,7 @@ class Request:
     ticket: Ticket | None = None
     prefill_done: PrefillDone | None = None
     done: Done | None = None
+    reason: FinishReason | None = None  # of the last token: the answer is whole, whatever fails now
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -108,6 +110,7 @@ class Request:
             query.ignore_eos,
             None if query.forced_ids is None else query.forced_ids[len(self.tokens) :],
             query.return_logits,
+            query.return_evidence,
         )
 
     def order(self, prefill: Member, ticket: Ticket) -> Prefill:
