@@ -1,4 +1,4 @@
-"""Plans: several measurements on the same running workers, one after another. ``benchmarks/plans`` holds some."""
+"""Plans: several measurements on the same running workers, one after another."""
 
 from collections.abc import Iterator
 from dataclasses import replace
