@@ -40,16 +40,19 @@ def pd(
     chunk_mib: Annotated[float, typer.Option(help="Bytes that are hashed and paced at a time.")] = 4.0,
     budget_s: Annotated[float, typer.Option(help="Seconds for everything; cells beyond are left out.")] = 3600.0,
     cell_timeout_s: Annotated[float, typer.Option(help="Seconds for one cell.")] = 300.0,
-    calibration_requests: Annotated[int, typer.Option(help="That arrive at once, to see bf16's capacity.")] = 5,
     seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
     record: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/pd.jsonl"),
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="TOML file of [[leg]]s, run on the same workers.")] = None,
 ) -> None:
     """Time requests from arrival to last token: prompts on some devices, decoding on others, KV moving between them.
 
     Every format gets the same requests at the same times over the same link. One GPU serves as well: name it twice.
     """
-    show(make_options(given(context)), Console())
+    values = given(context)
+    values.pop("plan", None)
+    options = make_options(values)
+    show(options, Console(), legs_of(plan, options))
 
 
 def given(context: typer.Context) -> dict[str, Any]:
@@ -69,12 +72,19 @@ def make_options(values: dict[str, Any]) -> "PdOptions":
     return PdOptions(*devices, **values)
 
 
-def show(options: "PdOptions", console: Console) -> None:
+def legs_of(plan: Path | None, options: "PdOptions") -> "list[PdOptions]":
+    """What a plan measures; nothing without a plan."""
+    from homkv.bench.pd.plan import read_plan
+
+    return [] if plan is None else read_plan(plan, options)
+
+
+def show(options: "PdOptions", console: Console, legs: "Sequence[PdOptions]" = ()) -> None:
     """Measure and print; what was measured is printed however the run ends."""
     from homkv.bench.pd.run import PdBench
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
-    bench = PdBench(options, console)
+    bench = PdBench(options, console, legs)
     try:
         bench.run()
     finally:

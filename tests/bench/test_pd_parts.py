@@ -17,7 +17,7 @@ from homkv.bench.pd.forms import EXACT_DTYPE, PagesForm, make_form
 from homkv.bench.pd.prefill import PromptCache, Unsent
 from homkv.bench.pd.slots import PageSlots, make_slots
 from homkv.bench.pd.sockets import CHUNK, Incoming, LastWord, Layer, Outgoing, accept, connect
-from homkv.bench.pd.workload import WORKLOADS, Lengths, burst, poisson
+from homkv.bench.pd.workload import WORKLOADS, Lengths, poisson
 from homkv.errors import CapacityError, ShapeError, TraceError, TransferError
 from homkv.generate import Decoder, PagesKV
 from homkv.generate.loop import attention_of
@@ -247,12 +247,9 @@ def test_workloads() -> None:
     assert requests == poisson(WORKLOADS["long"], 50, 2.0, seed=1)
     assert [r.prompt_tokens for r in requests] == [r.prompt_tokens for r in poisson(WORKLOADS["long"], 50, 9.0, 1)]
     assert all(12288 <= r.prompt_tokens <= 16384 and 128 <= r.output_tokens <= 512 for r in requests)
-    assert {r.arrival_s for r in burst(WORKLOADS["short"], 3)} == {0.0}
     with pytest.raises(ShapeError):
         poisson(WORKLOADS["long"], 0, 1.0, 0)
     with pytest.raises(TraceError):
         poisson(WORKLOADS["long"], 1, 0.0, 0)
-    with pytest.raises(ShapeError):
-        burst(WORKLOADS["long"], 1)
     with pytest.raises(ShapeError):
         Lengths((5, 4), (1, 2))

@@ -52,12 +52,12 @@ def test_links_do_not_change_the_tokens(pool: Pool, name: str) -> None:
 def test_a_record_of_a_whole_run(tmp_path: Path) -> None:
     options = PdOptions(
         ("cpu",), ("cpu",), tmp_path / "pd.jsonl", model="tiny", workloads=("tiny",), formats=("bf16", "small"),
-        links=("1",), loads=(0.8,), requests=4, slots=2, calibration_requests=2, budget_s=600,
+        links=("1",), loads=(0.8,), requests=4, slots=2, budget_s=600,
     )  # fmt: skip
     bench = PdBench(options, Console(quiet=True))
     runs = bench.run()
     assert bench.skipped == []
-    assert [run.info.options["load"] for run in runs] == ["calibration", "0.8", "0.8"]
+    assert [run.info.options["load"] for run in runs] == ["0.8", "0.8"]
     assert runs == list(read_record(options.record).values())
     for run in runs:
         assert {step.stage for step in run.steps} == {"prefill", "pack", "unpack", "handoff", "decode"}
@@ -77,7 +77,7 @@ def test_a_cell_that_fails_is_left_out_and_the_next_one_runs(tmp_path: Path) -> 
     )  # fmt: skip
     bench = PdBench(options, Console(quiet=True))
     runs = bench.run()
-    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/0"]
+    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/0/0.000233GiB"]
     assert len(bench.skipped) == 1
     assert "CapacityError" in bench.skipped[0]
     assert (runs[0].info.peak_kv_bytes or 0) <= 250_000
@@ -110,7 +110,6 @@ def test_a_worker_that_fails_is_an_error_with_its_log() -> None:
         ({"loads": (0.0,)}, ShapeError),
         ({"rate_rps": -1.0}, ShapeError),
         ({"kv_budget_gib": -1.0}, ShapeError),
-        ({"calibration_requests": 1}, ShapeError),
     ],
 )
 def test_what_cannot_be_measured_is_refused(change: dict[str, Any], error: type[Exception]) -> None:
@@ -147,7 +146,7 @@ def test_the_command_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[PdOptions] = []
-    monkeypatch.setattr("homkv.cli.bench_pd.show", lambda options, console: seen.append(options))
+    monkeypatch.setattr("homkv.cli.bench_pd.show", lambda options, console, legs: seen.append(options))
     words = "bench pd --prefill cpu --decode cpu --decode cpu --model tiny --link 2 --link tcp --overlap both --rate 3"
     monkeypatch.setattr(sys, "argv", ["homkv", *words.split()])
     with pytest.raises(SystemExit) as caught:

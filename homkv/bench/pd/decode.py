@@ -1,5 +1,6 @@
 """The decode worker: grants room, takes layers in, decodes what is complete, all running sequences in one step."""
 
+import gc
 import socket
 import threading
 import time
@@ -36,6 +37,7 @@ from homkv.bench.pd.worker import Worker
 from homkv.errors import CapacityError, TransferError
 
 TIMED_STEPS = 6
+SPARE_BYTES = 6 << 30  # of a GPU, besides KV: steps' own memory, and what the other side of a shared GPU may need
 
 
 @dataclass
@@ -51,6 +53,16 @@ class Sequence:
     arrived_s: float = 0.0
     first_token_s: float = 0.0
     tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A format's slots and captured steps."""
+
+    form: Form
+    batch: Batch
+    steps: list[Step]
+    device_bytes: int
 
 
 @dataclass(frozen=True)
@@ -72,20 +84,23 @@ class DecodeWorker(Worker):
         self._lock = threading.Lock()
         self._incoming: list[Incoming] = []
         self._direct: list[direct.DirectIncoming] = []
-        self._key: object = None
-        self._steps: list[Step] = []
+        self._kept: dict[object, Prepared] = {}
+        self._current: Prepared | None = None
         self._log: list[tuple[int, int, float]] = []
-        self._form: Form | None = None
-        self._batch: Batch | None = None
         self._digest = DeviceDigest(self.device)
         self._digest_s, self._digest_bytes = 0.0, 0
         self.say(Hello(self._listener.getsockname()[1]))
 
     @property
-    def batch(self) -> Batch:
+    def current(self) -> Prepared:
         """What decodes in this cell."""
-        assert self._batch is not None
-        return self._batch
+        assert self._current is not None
+        return self._current
+
+    @property
+    def batch(self) -> Batch:
+        """Its sequences."""
+        return self.current.batch
 
     @property
     def is_busy(self) -> bool:
@@ -125,48 +140,64 @@ class DecodeWorker(Worker):
         self.say(Connected(name, self.model.num_parameters()))
 
     def _open(self, cell: Cell) -> None:
-        """Make room and capture steps, unless the last cell's serve. Steps are timed on KV of zeros."""
+        """Make room and capture steps, unless an earlier cell's serve: formats may take turns at no cost."""
         key = (cell.format, cell.slots, cell.longest, cell.kv_budget_bytes)
-        if key != self._key:
-            self._batch = self._key = None
-            torch.get_device_module(self.device).synchronize()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._form = make_form(self.shape, cell.format)
-            slots = make_slots(self._form, cell.slots, cell.longest, cell.kv_budget_bytes, self.device)
-            self._batch = Batch(self.model, slots)
-            self._batch.warm_up()
-            self._steps, self._key = self._time_steps(cell), key
+        if key not in self._kept:
+            self._current = None
+            self._kept[key] = self._prepare(cell)
+        self._current = self._kept[key]
         self.batch.slots.peak_bytes = 0
         for link in self._incoming:
             link.digests.reset()
         self._digest_s, self._digest_bytes = 0.0, 0
         self._log.clear()
         self.reset_peak()
-        self.say(Opened(self.batch.slots.allocated_bytes, self._steps))
+        self.say(Opened(self.batch.slots.allocated_bytes, self.current.steps))
 
-    def _time_steps(self, cell: Cell) -> list[Step]:
+    def _prepare(self, cell: Cell) -> Prepared:
+        """Slots with captured steps, timed on KV of zeros. What earlier cells kept goes if memory is short."""
+        form = make_form(self.shape, cell.format)
+        in_flight = 2 * self.shape.num_layers * form.payload_bytes(cell.prompts[1])  # layers that gather
+        self._make_room(cell.slots * form.kv_bytes(cell.longest) + in_flight + SPARE_BYTES)
+        before = self._device_bytes()
+        batch = Batch(self.model, make_slots(form, cell.slots, cell.longest, cell.kv_budget_bytes, self.device))
+        batch.warm_up()
+        return Prepared(form, batch, self._time_steps(cell, batch), self._device_bytes() - before)
+
+    def _make_room(self, num_bytes: int) -> None:
+        if self.device.type != "cuda":
+            return
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(self.device)[0] < num_bytes:
+            self._kept.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _device_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def peak_bytes(self) -> int:
+        """See Worker. Without what is kept for other formats."""
+        others = sum(kept.device_bytes for kept in self._kept.values() if kept is not self._current)
+        return max(super().peak_bytes() - others, 0)
+
+    def _time_steps(self, cell: Cell, batch: Batch) -> list[Step]:
         """Steps of one and of many sequences, behind short and long prompts."""
         out = []
-        slots = self.batch.slots
+        slots = batch.slots
         for count in sorted({1, max(slots.count // 2, 1), slots.count}):
             for tokens in sorted(set(cell.prompts)):
                 if not slots.fits(count, tokens + TIMED_STEPS):
                     continue
                 taken = [slots.take(tokens + TIMED_STEPS) for _ in range(count)]
                 for slot in taken:
-                    self.batch.join(slot, tokens, 0)
+                    batch.join(slot, tokens, 0)
                 # Sequences of one length seal a page in the same step, as they do not in a run: hence the median.
-                out.append(Step("decode", count, tokens, median(self._timed(taken) for _ in range(TIMED_STEPS))))
+                out.append(Step("decode", count, tokens, median(timed(batch, taken) for _ in range(TIMED_STEPS))))
                 for slot in taken:
-                    self.batch.leave(slot)
+                    batch.leave(slot)
         return out
-
-    def _timed(self, slots: list[int]) -> float:
-        """Seconds of one step."""
-        start_s = time.monotonic()
-        self.batch.step(slots)
-        return time.monotonic() - start_s
 
     # -- arriving, in the links' threads -----------------------------------------------------------------------
 
@@ -180,10 +211,9 @@ class DecodeWorker(Worker):
     def _place(self, request: int, layer: int) -> Tensor:
         """Where the bytes of a layer gather."""
         sequence = self._sequence(request, layer)
-        assert self._form is not None
         with self._lock:
             if layer not in sequence.payloads:
-                size = self._form.payload_bytes(sequence.ask.prompt_tokens)
+                size = self.current.form.payload_bytes(sequence.ask.prompt_tokens)
                 sequence.payloads[layer] = torch.empty(size, dtype=torch.uint8, device=self.device)
                 sequence.missing[layer] = size
             return sequence.payloads[layer]
@@ -257,10 +287,11 @@ class DecodeWorker(Worker):
         Here and not where the layers arrive: kernels of another stream would each wait for the step that runs.
         """
         assert sequence.first_token is not None
-        assert self._form is not None
-        size = self._form.payload_bytes(sequence.ask.prompt_tokens)
+        size = self.current.form.payload_bytes(sequence.ask.prompt_tokens)
         self._verify(sequence, size)
         for layer, message in sequence.payloads.items():
+            if self.device.type == "cuda":  # a link's stream made it, and must not reuse it before it was read here
+                message.record_stream(torch.cuda.current_stream())
             self.batch.slots.load(sequence.slot, layer, sequence.ask.prompt_tokens, message[:size])
         sequence.payloads.clear()
         self.batch.join(sequence.slot, sequence.ask.prompt_tokens, sequence.first_token)
@@ -296,3 +327,10 @@ class DecodeWorker(Worker):
         costs.append((self._digest_s, self._digest_bytes))
         seconds, size = sum(s for s, _ in costs), sum(n for _, n in costs)
         self.say(Closed(self.batch.slots.peak_bytes, self.peak_bytes(), seconds, size, self._log))
+
+
+def timed(batch: Batch, slots: list[int]) -> float:
+    """Seconds of one step."""
+    start_s = time.monotonic()
+    batch.step(slots)
+    return time.monotonic() - start_s

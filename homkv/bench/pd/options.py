@@ -37,7 +37,6 @@ class PdOptions:
     slots: int = 8
     kv_budget_gib: float = 0.0  # 0: what the slots need
     rate_rps: float | None = None  # instead of loads of a measured capacity
-    calibration_requests: int = 5
     lanes: int = 4
     chunk_mib: float = 4.0
     budget_s: float = 3600.0
@@ -73,11 +72,8 @@ class PdOptions:
                 raise ShapeError(f"expected a positive {name}, found {getattr(self, name)}")
         if any(not load > 0 for load in self.loads) or (self.rate_rps is not None and not self.rate_rps > 0):
             raise ShapeError(f"expected positive loads and rate, found {self.loads} and {self.rate_rps}")
-        if self.kv_budget_gib < 0 or self.calibration_requests < 2:
-            raise ShapeError(
-                f"expected a KV budget of at least 0 and two calibration requests, found {self.kv_budget_gib} and "
-                f"{self.calibration_requests}"
-            )
+        if self.kv_budget_gib < 0:
+            raise ShapeError(f"expected a KV budget of at least 0, found {self.kv_budget_gib}")
 
     def _check_direct(self) -> None:
         devices = [torch.device(d) for d in (*self.prefill_devices, *self.decode_devices)]

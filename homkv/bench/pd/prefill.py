@@ -111,8 +111,7 @@ class PrefillWorker(Worker):
         self._direct: list[direct.DirectOutgoing] = []
         self._cell: Cell | None = None
         self._form: Form | None = None
-        self._key: object = None
-        self._steps: list[Step] = []
+        self._steps: dict[object, list[Step]] = {}
         self._unsent = Unsent(start.max_unsent_bytes)
         self._status = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._digest = DeviceDigest(self.device)
@@ -156,15 +155,14 @@ class PrefillWorker(Worker):
     def _open(self, cell: Cell) -> None:
         """Make the cell's settings ours. A new format or length is warmed up and timed first."""
         key = (cell.format, cell.prefill, cell.prompts)
-        is_new = key != self._key
-        self._cell, self._form, self._key = cell, make_form(self.shape, cell.format), key
+        self._cell, self._form = cell, make_form(self.shape, cell.format)
         for link in self._tcp:
             link.shaper = LinkShaper(cell.link_gbps)
             link.digests.reset()
-        if is_new:
-            self._steps = self._time_steps(cell)
+        if key not in self._steps:
+            self._steps[key] = self._time_steps(cell)
         self.reset_peak()
-        self.say(Opened(0, self._steps))
+        self.say(Opened(0, self._steps[key]))
 
     def _time_steps(self, cell: Cell) -> list[Step]:
         """Prompts of three lengths, packing included, and packing alone of the same; the longest first warms up."""

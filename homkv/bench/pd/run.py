@@ -1,9 +1,12 @@
-"""The whole measurement: which cells, in which order, within which time; their record as they end."""
+"""The whole measurement: which cells, in which order, within which time; their record as they end.
+
+Formats take turns at every point, so that a run that is cut short has compared them at all points it reached.
+"""
 
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from homkv.bench.generate import MODELS
 from homkv.bench.jct.summary import RateAtP99, Summary, rate_at_p99
+from homkv.bench.pd.capacity import capacity_rps
 from homkv.bench.pd.cell import Outcome, run_cell
 from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import Cell
 from homkv.bench.pd.options import BASE, PdOptions
 from homkv.bench.pd.pool import CellError, Pool, PoolOptions
-from homkv.bench.pd.workload import burst, poisson
+from homkv.bench.pd.workload import poisson
 from homkv.sim.record import Line, Run, RunInfo, StepSample, read_record, write_record
 from homkv.sim.trace import Request
 
@@ -28,11 +32,11 @@ START_TIMEOUT_S = 180.0  # until workers have their model and their connections
 
 @dataclass(frozen=True)
 class Point:
-    """One cell with its requests."""
+    """One cell with its requests. ``load``: the rate's share of the baseline's capacity; 0: the rate was given."""
 
     workload: str
     cell: Cell
-    load: float | None  # None: calibration
+    load: float
     requests: list[Request]
     rate_rps: float
 
@@ -41,26 +45,35 @@ class Point:
         """What is the same for all formats that are compared."""
         link = {"direct": "device to device", "tcp": "TCP, unshaped"}.get(self.cell.link, f"{self.cell.link} Gb/s")
         at = f"{self.rate_rps:.2f} req/s" + (f" (load {self.load:g})" if self.load else "")
-        return f"{self.workload}, {link}, {at}"
+        budget = f", {self.cell.kv_budget_bytes / GIB:.3g} GiB of KV" if self.cell.kv_budget_bytes else ""
+        return f"{self.workload}{budget}, {link}, {at}"
 
     @property
     def run_id(self) -> str:
         """Unique in a record."""
         how = "overlap" if self.cell.overlap else "after"
-        load = "calibration" if self.load is None else f"{self.load:g}"
-        return f"{self.workload}/{self.cell.link}/{self.cell.format}/{how}/{load}"
+        room = f"/{self.cell.kv_budget_bytes / GIB:.3g}GiB" if self.cell.kv_budget_bytes else ""
+        return f"{self.workload}/{self.cell.link}/{self.cell.format}/{how}/{self.load:g}{room}"
+
+    @property
+    def key(self) -> object:
+        """What workers prepare for, and time at rest."""
+        return (self.workload, self.cell.format, self.cell.prefill, self.cell.slots, self.cell.kv_budget_bytes)
 
 
 class PdBench:
-    """Runs points one after another on workers that live as long as all goes well."""
+    """Runs points one after another on workers that live as long as all goes well.
 
-    def __init__(self, options: PdOptions, console: Console) -> None:
-        self.options, self.console = options, console
+    ``legs``: more measurements on the same workers instead of the one that ``options`` says; see homkv.bench.pd.plan.
+    """
+
+    def __init__(self, options: PdOptions, console: Console, legs: Sequence[PdOptions] = ()) -> None:
+        self.options, self.legs, self.console = options, legs or (options,), console
         self.end_s = time.monotonic() + options.budget_s
         self.shape = MODELS[options.model]
         self._pool: Pool | None = None
-        self._steps: dict[tuple[str, str], list[StepSample]] = {}
-        self.capacity_rps: dict[tuple[str, str], float] = {}  # (workload, link) -> of the baseline
+        self._steps: dict[object, list[StepSample]] = {}  # by Point.key
+        self._done: set[str] = set()
         self.skipped: list[str] = []
 
     def run(self) -> list[Run]:
@@ -72,9 +85,10 @@ class PdBench:
         try:
             with Progress(*columns, console=self.console, transient=True) as progress:
                 task = progress.add_task("starting workers", total=None)
-                for point in self._points():
-                    progress.update(task, description=point.run_id, total=len(point.requests), completed=0)
-                    self._measure(point, lambda: progress.advance(task))
+                for leg in self.legs:
+                    for point in self._points(leg):
+                        progress.update(task, description=point.run_id, total=len(point.requests), completed=0)
+                        self._measure(point, lambda: progress.advance(task))
         finally:
             self._close()
         return self.recorded()
@@ -84,66 +98,77 @@ class PdBench:
         record = self.options.record
         return list(read_record(record).values()) if record.exists() else []
 
-    def _points(self) -> Iterator[Point]:
-        """Calibrations first, then format by format: what workers prepared for a format serves all its cells."""
-        options = self.options
-        for workload in options.workloads:
-            if options.rate_rps is None:
-                for link in options.links:
-                    requests = burst(options.lengths[workload], options.calibration_requests)
-                    yield Point(workload, self._cell(workload, BASE, link, True), None, requests, 0.0)
-            for name in options.formats:
-                for link in options.links:
-                    yield from self._format_points(workload, name, link)
+    def _points(self, leg: PdOptions) -> Iterator[Point]:
+        """Point by point, the formats of each in turn. What was measured already is not measured again."""
+        for workload in leg.workloads:
+            for link in leg.links:
+                for load, rate_rps in self._rates(leg, workload, link):
+                    requests = poisson(leg.lengths[workload], leg.requests, rate_rps, leg.seed)
+                    for overlap in leg.overlaps:
+                        for name in leg.formats:
+                            point = Point(
+                                workload, self._cell(leg, workload, name, link, overlap), load, requests, rate_rps
+                            )
+                            if point.run_id not in self._done:
+                                yield point
 
-    def _format_points(self, workload: str, name: str, link: str) -> Iterator[Point]:
-        options = self.options
-        capacity = self.capacity_rps.get((workload, link))
-        loads = [(load, load * capacity) for load in options.loads] if capacity else []
-        if options.rate_rps is not None:
-            loads = [(0.0, options.rate_rps)]
-        elif not capacity:
-            self.skipped.append(f"{workload}/{link}/{name}: the baseline's capacity was not measured")
-        for load, rate in loads:
-            requests = poisson(options.lengths[workload], options.requests, rate, options.seed)
-            for overlap in options.overlaps:
-                yield Point(workload, self._cell(workload, name, link, overlap), load, requests, rate)
+    def _rates(self, leg: PdOptions, workload: str, link: str) -> list[tuple[float, float]]:
+        """Loads and requests per second."""
+        if leg.rate_rps is not None:
+            return [(0.0, leg.rate_rps)]
+        lengths, cell = leg.lengths[workload], self._cell(leg, workload, BASE, link, True)
+        base = Point(workload, cell, 0.0, [], 0.0)
+        if not self._try(base, lambda pool, deadline_s: self._probe(pool, base, deadline_s)):
+            return []
+        devices, workers = (
+            (*leg.prefill_devices, *leg.decode_devices),
+            (len(leg.prefill_devices), len(leg.decode_devices)),
+        )
+        is_shared = len(set(devices)) < len(devices) and devices[0] != "cpu"
+        capacity = capacity_rps(self._steps[base.key], lengths, cell, self._form(BASE), workers, is_shared)
+        return [(load, load * capacity) for load in leg.loads]
 
-    def _cell(self, workload: str, name: str, link: str, overlap: bool) -> Cell:
-        lengths, budget = self.options.lengths[workload], int(self.options.kv_budget_gib * GIB)
-        slots = self.options.slots
+    def _cell(self, leg: PdOptions, workload: str, name: str, link: str, overlap: bool) -> Cell:
+        lengths, budget = leg.lengths[workload], int(leg.kv_budget_gib * GIB)
+        slots = leg.slots
         if budget:  # no more slots than sequences could fit: dense slots take their memory whether used or not
             smallest = self._form(name).kv_bytes(lengths.shortest)
             slots = max(1, min(slots, budget // smallest))
-        return Cell(name, link, overlap, self.options.prefill, slots, lengths.prompt, lengths.longest, budget)
+        return Cell(name, link, overlap, leg.prefill, slots, lengths.prompt, lengths.longest, budget)
 
     def _form(self, name: str) -> Form:
         return make_form(self.shape, name)
 
     def _measure(self, point: Point, on_done: Callable[[], None]) -> None:
-        """One point, and what its failure means for the workers."""
+        """One point, into the record."""
+
+        def run(pool: Pool, deadline_s: float) -> None:
+            self._probe(pool, point, deadline_s)
+            self._write(point, run_cell(pool, point.cell, point.requests, deadline_s, on_done), pool)
+
+        if self._try(point, run):
+            self._done.add(point.run_id)
+
+    def _try(self, point: Point, work: Callable[[Pool, float], None]) -> bool:
+        """Do something with the workers in the time of a cell; a failure is noted and costs the workers."""
         now_s = time.monotonic()
         if now_s >= self.end_s:
             self.skipped.append(f"{point.run_id}: the time was used up")
-            return
+            return False
         try:
             pool = self._pool or self._open(min(now_s + START_TIMEOUT_S, self.end_s))
-            deadline_s = min(time.monotonic() + self.options.cell_timeout_s, self.end_s)
-            self._probe(pool, point, deadline_s)
-            outcome = run_cell(pool, point.cell, point.requests, deadline_s, on_done)
+            work(pool, min(time.monotonic() + self.options.cell_timeout_s, self.end_s))
         except CellError as error:
             self._close()
             self.skipped.append(f"{point.run_id}: {error}")
-            return
-        if point.load is None:
-            self.capacity_rps[point.workload, point.cell.link] = capacity(outcome)
-        self._write(point, outcome, pool)
+            return False
+        return True
 
     def _open(self, deadline_s: float) -> Pool:
         o = self.options
         options = PoolOptions(
             o.prefill_devices, o.decode_devices, o.model, lanes=o.lanes, chunk_bytes=int(o.chunk_mib * 2**20),
-            threads=o.threads, use_direct="direct" in o.links,
+            threads=o.threads, use_direct=any("direct" in leg.links for leg in self.legs),
         )  # fmt: skip
         self._pool = Pool(options, deadline_s)
         return self._pool
@@ -155,11 +180,10 @@ class PdBench:
 
     def _probe(self, pool: Pool, point: Point, deadline_s: float) -> None:
         """Two requests, one at a time, in a system at rest: what a request takes besides its steps. Once per format."""
-        key = (point.workload, point.cell.format)
-        if key in self._steps:
+        if point.key in self._steps:
             return
         samples = []
-        for tokens in point.cell.prompts:
+        for tokens in sorted(set(point.cell.prompts)):
             outcome = run_cell(pool, point.cell, [Request("0", 0.0, tokens, 2)], deadline_s)
             record = outcome.records("", lambda _: 0)[0]
             samples += [("unpack", tokens, record.unpack_s), ("handoff", tokens, record.queue_s + record.wait_s)]
@@ -169,12 +193,12 @@ class PdBench:
                 steps.append(
                     StepSample(run_id="", stage=step.stage, batch=step.batch, tokens=step.tokens, seconds=step.seconds)
                 )
-        self._steps[key] = steps
+        self._steps[point.key] = steps
 
     def _write(self, point: Point, outcome: Outcome, pool: Pool) -> None:
         form = self._form(point.cell.format)
         info = run_info(self.options, point, outcome, pool)
-        steps = self._steps[point.workload, point.cell.format]
+        steps = self._steps[point.key]
         lines: list[Line] = [info, *(with_run(step, point.run_id) for step in steps)]
         lines += outcome.records(point.run_id, form.kv_bytes)
         write_record(self.options.record, lines, append=True)
@@ -183,15 +207,6 @@ class PdBench:
 def with_run(step: StepSample, run_id: str) -> StepSample:
     """The sample under another run's name."""
     return StepSample(run_id=run_id, stage=step.stage, batch=step.batch, tokens=step.tokens, seconds=step.seconds)
-
-
-def capacity(outcome: Outcome) -> float:
-    """Requests per second of a burst: between the first and the last first token, and between the ends, the slower."""
-    ended = [life.finished for life in outcome.lives if life.finished is not None]
-    rates = []
-    for times in ([f.first_token_s for f in ended], [f.done_s for f in ended]):
-        rates.append((len(times) - 1) / max(max(times) - min(times), 1e-6))
-    return min(rates)
 
 
 def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> RunInfo:
@@ -203,7 +218,7 @@ def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> 
     extra = {
         "case": point.case,
         "variant": "" if cell.overlap else "(no overlap)",
-        "load": "calibration" if point.load is None else f"{point.load:g}",
+        "load": f"{point.load:g}",
         "rate_rps": f"{point.rate_rps:.4f}",
         "link": cell.link,
         "prefill": cell.prefill,

@@ -53,10 +53,3 @@ def poisson(lengths: Lengths, count: int, rate_rps: float, seed: int) -> list[Re
     draw = random.Random(seed)
     sizes = [(draw.randint(*lengths.prompt), draw.randint(*lengths.output)) for _ in range(count)]
     return poisson_arrivals((Request(str(i), 0.0, *size) for i, size in enumerate(sizes)), rate_rps, seed + 1)
-
-
-def burst(lengths: Lengths, count: int) -> list[Request]:
-    """``count`` requests of mean length that all arrive at once: what the system can do at most."""
-    if count < 2:
-        raise ShapeError(f"expected at least two requests to see a rate, found {count}")
-    return [Request(str(index), 0.0, *lengths.mean) for index in range(count)]
