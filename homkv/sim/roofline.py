@@ -10,7 +10,7 @@ from homkv.sim.hardware import Gpu, ModelShape, kernel
 WEIGHT_READ = 0.91  # of memory_gbps: torch.sum reads 3.05 TB/s on an H100, 4.43 on an H200
 LAYER_OVERHEAD_S = 86e-6  # per layer and step beside weights and attention: generate-h100.jsonl, -h200.jsonl
 PACK_READ = 0.24  # of memory_gbps, bytes read and written: attention-h100.jsonl, 0.81 of 3.35 TB/s
-LAUNCH_S = 5e-6  # one kernel launch in a captured graph: a third of what a decode call of three launches cost (kernels.json)
+LAUNCH_S = 5e-6  # one kernel launch in a captured graph: a third of a decode call of three (kernels.json)
 ALL_REDUCE_S = 15e-6  # latency of one all-reduce; two per layer
 HACK_PREFILL = 1.17  # faster than FlashAttention-2 where int8 runs at twice the rate (H100, partitions of 64)
 WIRE_HEADER_BYTES = 64  # per layer: frame head and digest
