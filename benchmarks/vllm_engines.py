@@ -77,7 +77,7 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": GRAPHS}
             usual["compilation_config"] = graphs
     else:
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": str(options.kv_gib), "HOMKV_VLLM_BACKEND": plan.name if plan else ""}
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": f"{options.kv_gib:.0f}", "HOMKV_VLLM_BACKEND": plan.name if plan else ""}
         usual["enforce_eager"] = True
     if plan:
         usual |= {"block_size": plan.block_size}
