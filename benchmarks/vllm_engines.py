@@ -73,6 +73,7 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
 
     if torch.cuda.is_available():
         usual |= {"kv_cache_memory_bytes": int(options.kv_gib * 2**30), "enforce_eager": options.eager}
+        usual |= {"attention_backend": plan.name if plan else "FLASH_ATTN"}
         if not options.eager:
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": GRAPHS}
             usual["compilation_config"] = graphs
@@ -81,7 +82,6 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
         usual["enforce_eager"] = True
     if plan:
         usual |= {"block_size": plan.block_size}
-        usual |= {"attention_backend": plan.name} if torch.cuda.is_available() else {}
     usual["kv_cache_dtype"] = kv if kv in STOCK else "auto"
     from vllm import LLM
 
