@@ -3,7 +3,7 @@
     python benchmarks/vllm_engines.py --kv auto --kv fp8 --kv balanced --kv-gib 6 --prompts 18 --prompt-tokens 16384
 
 Every KV cache gets an engine of its own in a process of its own, the same memory, the same prompts (random tokens, no
-prefix cache) and greedy sampling. The model has the shape of Llama 3 8B and weights that vLLM makes up: neither speed
+prefix cache, each in one piece) and greedy sampling. The model has the shape of Llama 3 8B and weights that vLLM makes up: neither speed
 nor capacity depends on them. Needs vLLM; runs on GPUs, and with ``--shape tiny`` on CPUs.
 """
 
@@ -39,6 +39,7 @@ GRAPHS = [1, 2, 4, 8, 12, 16, 20, 24, 32]
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv", action="append", required=True, help="auto (16 bits), fp8, or a rows format of homkv")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
@@ -66,8 +67,8 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
     plan, length = backend(kv, options.shape), options.prompt_tokens + options.new_tokens
     usual: dict[str, Any] = {
         "model": folder, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
-        "max_model_len": length, "max_num_seqs": GRAPHS[-1], "max_num_batched_tokens": options.prompt_tokens,
-        "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0,
+        "max_model_len": length, "max_num_seqs": GRAPHS[-1], "max_num_batched_tokens": length + GRAPHS[-1],
+        "enable_chunked_prefill": False, "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0,
     }  # fmt: skip
     import torch
 
@@ -78,7 +79,10 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": GRAPHS}
             usual["compilation_config"] = graphs
     else:
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": f"{options.kv_gib:.0f}", "HOMKV_VLLM_BACKEND": plan.name if plan else ""}
+        os.environ |= {
+            "VLLM_CPU_KVCACHE_SPACE": f"{options.kv_gib:.0f}",
+            "HOMKV_VLLM_BACKEND": plan.name if plan else "",
+        }
         usual["enforce_eager"] = True
     if plan:
         usual |= {"block_size": plan.block_size}
