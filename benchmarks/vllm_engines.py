@@ -3,8 +3,8 @@
     python benchmarks/vllm_engines.py --kv auto --kv fp8 --kv balanced --kv-gib 6 --prompts 18 --prompt-tokens 16384
 
 Every KV cache gets an engine of its own in a process of its own, the same memory, the same prompts (random tokens, no
-prefix cache, each in one piece) and greedy sampling. The model has the shape of Llama 3 8B and weights that vLLM makes up: neither speed
-nor capacity depends on them. Needs vLLM; runs on GPUs, and with ``--shape tiny`` on CPUs.
+prefix cache, each in one piece) and greedy sampling. The model has the shape of Llama 3 8B and weights that vLLM makes
+up: neither speed nor capacity depends on them. Needs vLLM; runs on GPUs, and with ``--shape tiny`` on CPUs.
 """
 
 import argparse
