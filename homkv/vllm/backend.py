@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from homkv.errors import UnsupportedError
 from homkv.spec import HEAD_DIMS, PAGE_TOKENS
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.lasting import Lasting
@@ -62,8 +63,12 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
-        """Without speculation vLLM's upper bound of a length is the length. Raises FormatError for an earlier step."""
+        """Without speculation vLLM's upper bound of a length is the length.
+
+        Raises FormatError for an earlier step, UnsupportedError for a batch that is not causal throughout.
+        """
         batch, plan_block = common_attn_metadata, self.kv_cache_spec.block_size
+        refuse_masks(batch)
         num_single = split_decodes_and_prefills(batch, decode_threshold=1)[0]
         chunks = self._chunks(batch, num_single)
         blocks = batch.block_table_tensor[: batch.num_reqs]
@@ -84,6 +89,18 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
         spans = [(row, starts[row], starts[row + 1]) for row in range(num_single, batch.num_reqs)]
         chunks = [Chunk(row, lengths[row] - (stop - first), slice(first, stop)) for row, first, stop in spans]
         return [chunk for chunk in chunks if chunk.at.stop > chunk.at.start]
+
+
+def refuse_masks(batch: CommonAttentionMetadata) -> None:
+    """Raise UnsupportedError if tokens of the batch attend to anything but all tokens up to themselves."""
+    found = ["attention that is not causal"] if batch.causal is not True else []
+    found += ["prefixes that attend both ways"] if any((batch.mm_req_doc_ranges or {}).values()) else []
+    found += ["sliding windows behind a prefix"] if batch.rswa_prefix_lens is not None else []
+    if found:
+        raise UnsupportedError(
+            f"expected tokens that attend to all tokens up to themselves, found {', '.join(found)}; start vLLM without "
+            "homkv's backend for this model"
+        )
 
 
 def _host_lengths(batch: CommonAttentionMetadata) -> Tensor:
@@ -152,6 +169,11 @@ def backend_class(name: str) -> type[PagesBackend]:
 
 
 def __getattr__(name: str) -> type[PagesBackend]:
+    if name == "MLA":
+        raise UnsupportedError(
+            "expected a decoder with plain full attention, found multi-head latent attention (MLA); unset "
+            "HOMKV_VLLM_BACKEND for this model"
+        )
     if not name.startswith("HOMKV_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return backend_class(name)

@@ -112,6 +112,8 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         A sequence may start behind pages that another one of the same step has just written. So rings are copied first,
         then all tokens stored, then pages and first tokens read.
         """
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError("expected attention that puts out plain numbers, found a quantized output asked for")
         if attn_metadata is None:  # profiling
             return output.zero_()
         step, store = attn_metadata, self.store(kv_cache)
