@@ -1,4 +1,4 @@
-"""What `homkv serve --engine vllm` refuses before anything starts; what only vLLM can know is refused in live_engine."""
+"""What `homkv serve --engine vllm` refuses before anything starts; what only vLLM knows is refused in live_engine."""
 
 import json
 from pathlib import Path
