@@ -8,6 +8,7 @@ up: neither speed nor capacity depends on them. Needs vLLM; runs on GPUs, and wi
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -109,6 +110,8 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
         llm = engine(options, kv, folder)
     from vllm import SamplingParams
 
+    room = fitting(llm, options, kv)
+    print(f"{kv}: {room} sequences of {options.prompt_tokens + options.new_tokens} tokens fit", flush=True)
     rng, vocab = random.Random(0), SHAPES[options.shape]["vocab_size"]
     tokens = [[rng.randrange(10, vocab) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)]
     prompts: Any = [{"prompt_token_ids": ids} for ids in tokens]
@@ -127,7 +130,7 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     return {
         "kv": kv, "shape": options.shape, "kv_gib": options.kv_gib, "prompts": options.prompts,
         "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "eager": options.eager,
-        "fitting": fitting(llm, options, kv), "wall_s": wall_s, "tokens_per_s": sum(counts) / wall_s,
+        "fitting": room, "wall_s": wall_s, "tokens_per_s": sum(counts) / wall_s,
         "until_last_prompt_s": last_prompt, "tpot_median_ms": 1e3 * statistics.median(tpot),
         "first_tokens": [list(output.outputs[0].token_ids[:8]) for output in outputs[:2]],
         "device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__,
@@ -161,6 +164,7 @@ def main() -> None:
     """Print a table, and append records."""
     options = arguments()
     if options.one:
+        faulthandler.dump_traceback_later(max(options.timeout_s - 3, 1))  # if it hangs: where
         print("RECORD " + json.dumps(measure(options, options.kv[0])), flush=True)
         return
     records = [record for kv in options.kv if (record := apart(kv))]
