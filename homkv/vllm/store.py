@@ -135,7 +135,8 @@ class LayerStore:
         if len(places.due):
             ids = torch.where(places.full, tables[places.due, places.pages], NULL_BLOCK * self.plan.pages_per_block)
             source, full = blocks[places.due], places.full[:, None, None, None]
-            self._encode(*(torch.where(full, x[source], 0) for x in (self.exact_k, self.exact_v)), ids, status)
+            tokens_k, tokens_v = (torch.where(full, x[source], 0) for x in (self.exact_k, self.exact_v))
+            self._encode(tokens_k, tokens_v, ids, status)
             self._tag(torch.where(places.full, source, NULL_BLOCK), places.pages, ids)
 
     def store_many(self, table: Tensor, exact: Tensor, start: int, k: Tensor, v: Tensor, before: Halves | None) -> None:
