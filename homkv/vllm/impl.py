@@ -88,10 +88,11 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         return ExactLayer(name, self.num_kv_heads, self.head_size, self.plan, config)
 
     def store(self, pages: Tensor) -> LayerStore:
-        """Views of the layer's cache; made anew when vLLM binds another one."""
-        if self._store is None or self._store.pool.data_ptr() != pages.data_ptr():
-            self._store = LayerStore(self.codec, self.plan, pages, self.exact.kv_cache, self.raw_dtype)
-        return self._store
+        """Views of the layer's cache; made anew when vLLM binds another one, perhaps larger at the same address."""
+        found = self._store
+        if found is None or not found.is_of(pages, self.exact.kv_cache):
+            self._store = found = LayerStore(self.codec, self.plan, pages, self.exact.kv_cache, self.raw_dtype)
+        return found
 
     @torch.no_grad()
     def forward(

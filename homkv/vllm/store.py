@@ -110,8 +110,13 @@ class LayerStore:
         self.exact_k = blocks[..., :one].view(raw_dtype).unflatten(-1, shape)
         self.exact_v = blocks[..., one : 2 * one].view(raw_dtype).unflatten(-1, shape)
         self.tags = blocks[:, 0, 2 * one : 2 * one + TAG_BYTES].view(torch.int64)
+        self._memory = [(x.data_ptr(), x.shape) for x in (pages, exact)]
         words = heads * codec.page_bytes // 8
         self._weights = (2 * torch.arange(words, dtype=torch.int64, device=pages.device) + 1) * MULTIPLIER
+
+    def is_of(self, pages: Tensor, exact: Tensor) -> bool:
+        """Whether these are views of that memory."""
+        return self._memory == [(x.data_ptr(), x.shape) for x in (pages, exact)]
 
     def digest(self, page_ids: Tensor) -> Tensor:
         """``sum_i word[i] * weight[i] mod 2^64`` over all heads of each page; ``[...] int64``."""
