@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from homkv.errors import UnsupportedError
-from homkv.spec import HEAD_DIMS, PAGE_TOKENS
+from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.lasting import Lasting
 from homkv.vllm.store import Places, page_ids
@@ -157,9 +157,7 @@ class PagesBackend(AttentionBackend):  # type: ignore[misc]
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         """Those whose plan this is."""
-        widths = (dtype.itemsize for dtype in cls.supported_dtypes)
-        sizes = {(dim, width) for dim in HEAD_DIMS for width in widths}
-        return sorted({dim for dim, width in sizes if BlockPlan.of(cls.plan.spec, dim, width) == cls.plan})
+        return cls.plan.head_dims()
 
 
 @cache

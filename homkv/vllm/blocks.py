@@ -79,6 +79,10 @@ class BlockPlan:
                 "let `homkv serve --engine vllm` set them"
             )
 
+    def head_dims(self) -> list[int]:
+        """Every head_dim whose models this plan is for, with exact numbers of some width."""
+        return [dim for dim in HEAD_DIMS if any(BlockPlan.of(self.spec, dim, width) == self for width in RAW_BYTES)]
+
     def block_bytes(self, head_dim: int) -> int:
         """Bytes of a block per layer and kv head."""
         return self.pages_per_block * self.spec.layout(head_dim).page_bytes

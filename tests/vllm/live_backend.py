@@ -16,7 +16,7 @@ from torch import Tensor
 
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
-from homkv.spec import PAGE_TOKENS, RowsSpec
+from homkv.spec import HEAD_DIMS, PAGE_TOKENS, RowsSpec
 from homkv.vllm.blocks import EXACT_BLOCKS, BlockPlan
 
 DIM = 64
@@ -201,3 +201,20 @@ def test_quantized_outputs_are_refused(config: Any) -> None:
     batch, x = Batch(config, HEADS["4 over 2"], [(8, 8)]), torch.zeros(8, 4, DIM)
     with pytest.raises(UnsupportedError, match="quantized output"):
         batch.impl.forward(None, x, x, x, batch.memory, None, x, output_scale=torch.ones(1))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_gpus_may_select_the_backend(head_dim: int) -> None:
+    """What vLLM's selector asks on a GPU, and no CPU does; a wrong head_dim is among its reasons to say no."""
+    from vllm.platforms.interface import DeviceCapability
+
+    from homkv.vllm.backend import backend_class
+
+    plan = BlockPlan.of(RowsSpec.parse("balanced"), head_dim)
+    asked: dict[str, Any] = {"dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": plan.block_size}
+    asked |= {"has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False}
+    asked |= {"device_capability": DeviceCapability(9, 0), "attn_type": "decoder", "use_kv_connector": True}
+    backend = backend_class(plan.name)
+    assert backend.validate_configuration(head_size=head_dim, use_mla=False, **asked) == []
+    assert backend.validate_configuration(head_size=72, use_mla=False, **asked) == ["head_size not supported"]
+    assert backend.validate_configuration(head_size=head_dim, use_mla=True, **asked) == ["MLA not supported"]
