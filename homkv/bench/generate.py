@@ -7,6 +7,7 @@ every sequence seals one page. All formats run the same model code, with fused R
 
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -83,10 +84,11 @@ class GenerateBenchOptions:
 
     model: str = "llama-3.1-8b"
     formats: tuple[str, ...] = (BASE, "fp8", "balanced", "small")
-    batches: tuple[int, ...] = (8,)
-    contexts: tuple[int, ...] = (65536,)
+    batches: tuple[int, ...] = (1, 8, 16)
+    contexts: tuple[int, ...] = (32768, 65536, 131072)
     steps: int = 64
     repetitions: int = 3
+    seconds: float | None = None  # after so long no repetition is begun
     check_tokens: int = 4096  # prompt of the check that a captured loop gives the plain loop's tokens; 0: none
     record: Path | None = None  # JSONL, appended
 
@@ -97,8 +99,10 @@ Row = dict[str, Any]
 def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
     """Measure, print a table, append JSONL to ``options.record``; returns one dict per format, batch and context.
 
-    What the device's memory does not hold is skipped, and the row says so. Raises UnsupportedError without a GPU.
+    What the device's memory or ``options.seconds`` does not hold is skipped, and the row says so. Raises
+    UnsupportedError without a GPU.
     """
+    deadline = time.monotonic() + (options.seconds or math.inf)
     if not torch.cuda.is_available():
         raise UnsupportedError("expected a CUDA device, found none; on a CPU run `homkv bench attention`")
     if options.model not in MODELS:
@@ -108,19 +112,24 @@ def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
     rows: list[Row] = []
     with attention_of(model), fused_norms(model), torch.no_grad():
         if options.check_tokens:
-            rows += [check_row(model, shape, name, options) for name in options.formats]
+            rows += keep([check_row(model, shape, name, options) for name in options.formats], options.record)
         for batch in options.batches:
             for context in options.contexts:
                 console.print(f"[dim]{options.model}, batch {batch}, {context:,} tokens ...[/dim]")
-                rows += case_rows(model, shape, batch, context, options)
+                rows += keep(case_rows(model, shape, batch, context, options, deadline), options.record)
     console.print(speed_table([row for row in rows if row["kind"] == "generate"]))
     for row in rows:
         if row["kind"] == "generate-check":
             counts = f"{row['equal_tokens']} of {row['tokens']}"
             console.print(f"{row['format']}: {counts} tokens equal with and without graph")
-    if options.record is not None:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with options.record.open("a", encoding="utf-8") as file:
+    return rows
+
+
+def keep(rows: list[Row], record: Path | None) -> list[Row]:
+    """Append rows to the record as soon as there are any: a run may be cut off. Gives them back."""
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return rows
 
@@ -143,14 +152,21 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def case_rows(
-    model: PreTrainedModel, shape: ModelShape, batch: int, context: int, options: GenerateBenchOptions
+    model: PreTrainedModel,
+    shape: ModelShape,
+    batch: int,
+    context: int,
+    options: GenerateBenchOptions,
+    deadline: float,
 ) -> list[Row]:
-    """One batch and context: every format in every repetition, in turn."""
+    """One batch and context: every format in every repetition, in turn; none is begun behind the deadline."""
     rows = {
         name: base_row("generate", name, options) | {"batch": batch, "context": context} for name in options.formats
     }
     samples: dict[str, list[float]] = {name: [] for name in options.formats}
     for _ in range(options.repetitions):
+        if time.monotonic() > deadline:
+            break
         for name, row in rows.items():
             if "skipped" in row:
                 continue
@@ -160,7 +176,9 @@ def case_rows(
                 except (CapacityError, torch.OutOfMemoryError) as error:
                     row["skipped"] = str(error).splitlines()[0][:120]
     for name, row in rows.items():
-        if samples[name] and "skipped" not in row:
+        if not samples[name]:
+            row.setdefault("skipped", f"no time left of {options.seconds} s")
+        if "skipped" not in row:
             row["step_ms"] = statistics.median(samples[name])
             row["step_ms_all"] = samples[name]
             row["tokens_per_s"] = batch / row["step_ms"] * 1e3

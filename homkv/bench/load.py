@@ -1,53 +1,23 @@
-"""Load on a running service: streams over the OpenAI API, at a fixed concurrency or at random times."""
+"""Load on a running service: streams over the OpenAI API, and what it costs the service meanwhile."""
 
 import asyncio
 import json
-import random
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
 
-from homkv.errors import ShapeError, TransferError
+from homkv.bench.arrivals import Ask, LoadOptions, asks
+from homkv.bench.soak import Growth, Sample, growth, left_behind, take_sample
+from homkv.errors import TransferError
 
 PERCENTILES = (50, 90, 99)
-RESOURCES = ("blocks_free", "peak_rss_bytes", "prefix_pages_held")
-_GAUGE = re.compile(r'^homkv_instance\{instance="([^"]+)",name="([^"]+)"\} (\S+)$', re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What is sent. ``rate``: requests per second, Poisson; None: ``concurrency`` streams, each followed by the next.
-
-    ``minutes``: go on for so long instead of ``num_requests``. Every prompt has its own words, unless ``shared_words``
-    of its beginning are the same for all.
-    """
-
-    url: str
-    num_requests: int = 200
-    concurrency: int = 200
-    rate: float | None = None
-    minutes: float | None = None
-    prompt_words: int = 60
-    shared_words: int = 0
-    max_tokens: int = 64
-    api_key: str | None = None
-    seed: int = 0
-    timeout_s: float = 1800.0
-
-    def __post_init__(self) -> None:
-        for name in ("num_requests", "concurrency", "prompt_words", "max_tokens", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ShapeError(f"expected a positive {name}, found {getattr(self, name)}")
-        if self.rate is not None and not self.rate > 0:
-            raise ShapeError(f"expected a positive rate, found {self.rate}; leave it out for a fixed concurrency")
-        if not 0 <= self.shared_words <= self.prompt_words:
-            raise ShapeError(f"expected 0 to {self.prompt_words} shared words, found {self.shared_words}")
+SETTLE_S = 3.0  # after the last stream: instances report once a second
 
 
 @dataclass
@@ -68,14 +38,14 @@ class Stream:
 
 @dataclass
 class LoadResult:
-    """What a run measured; ``before`` and ``after``: what instances said of their resources."""
+    """What a run measured. ``samples``: the service's resources, before, between and after."""
 
     options: LoadOptions
     wall_s: float
     streams: list[Stream]
     max_open: int  # streams at a time
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    late_s: float = 0.0  # most that a request was sent behind its time
 
     @property
     def done(self) -> list[Stream]:
@@ -101,10 +71,19 @@ class LoadResult:
         """New tokens of whole answers per second of the run."""
         return sum(s.num_tokens for s in self.done) / self.wall_s
 
+    def growth(self) -> list[Growth]:
+        """Of memory and open files, over the second half; of runs with a duration, since others fill what is empty."""
+        return [] if self.options.duration_s is None else growth(self.samples)
+
+    def left_behind(self) -> dict[str, float]:
+        """What the service still holds although nothing runs; known where samples were taken."""
+        return {} if self.options.sample_s is None else left_behind(self.samples)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without the key."""
+        """Plain data for JSON, without the key, and of the samples only the first and the last."""
         options = asdict(self.options)
         del options["api_key"]
+        options["trace"] = None if self.options.trace is None else self.options.trace.name
         return {
             "kind": "serve-load",
             "options": options,
@@ -112,12 +91,15 @@ class LoadResult:
             "num_done": len(self.done),
             "errors": dict(self.errors),
             "max_open": self.max_open,
+            "late_s": self.late_s,
             "prompt_tokens": sum(s.num_prompt_tokens for s in self.done),
             "new_tokens": sum(s.num_tokens for s in self.done),
             "tokens_per_s": self.tokens_per_s,
             "latencies": self.latencies(),
-            "before": self.before,
-            "after": self.after,
+            "before": self.samples[0].values if self.samples else {},
+            "after": self.samples[-1].values if self.samples else {},
+            "growth": [asdict(g) for g in self.growth()],
+            "left_behind": self.left_behind(),
         }
 
 
@@ -129,18 +111,28 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class Load:
-    """One run against a service. ``on_end`` is called for every stream that ended."""
+    """One run against a service. ``on_end`` is called for every stream that ended, ``on_sample`` for every sample."""
 
-    def __init__(self, options: LoadOptions, on_end: Callable[[Stream], None] = lambda stream: None) -> None:
-        self._options, self._on_end = options, on_end
+    def __init__(
+        self,
+        options: LoadOptions,
+        on_end: Callable[[Stream], None] = lambda stream: None,
+        on_sample: Callable[[Sample], None] = lambda sample: None,
+    ) -> None:
+        self._options, self._on_end, self._on_sample = options, on_end, on_sample
         self._streams: list[Stream] = []
-        self._num_begun = self._num_open = self._max_open = 0
+        self._samples: list[Sample] = []
+        self._num_open = self._max_open = 0
+        self._late_s = 0.0
 
     def run(self) -> LoadResult:
-        """Send everything and wait for every end. Raises TransferError if the service cannot be reached at all."""
-        return asyncio.run(self._run())
+        """Send everything and wait for every end.
 
-    async def _run(self) -> LoadResult:
+        Raises TransferError if the service cannot be reached at all, TraceError for a trace that cannot be read.
+        """
+        return asyncio.run(self._run(asks(self._options)))
+
+    async def _run(self, todo: Iterator[Ask]) -> LoadResult:
         o = self._options
         headers = {} if o.api_key is None else {"authorization": f"Bearer {o.api_key}"}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -149,40 +141,59 @@ class Load:
                 self._model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
             except (httpx.HTTPError, KeyError, ValueError) as error:
                 raise TransferError(f"expected a service at {o.url}, found {error!r}; start `homkv serve`") from error
-            before, start_s = await _resources(client), time.monotonic()
-            await (self._closed(client, start_s) if o.rate is None else self._poisson(client, start_s))
-            wall_s = time.monotonic() - start_s
-            return LoadResult(o, wall_s, self._streams, self._max_open, before, await _resources(client))
+            self._start_s = time.monotonic()
+            await self._sample(client)
+            watching = asyncio.create_task(self._watch(client))
+            await (self._open(client, todo) if o.is_open else self._closed(client, todo))
+            wall_s = time.monotonic() - self._start_s
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            if o.sample_s is not None:
+                await asyncio.sleep(SETTLE_S)
+            await self._sample(client)
+        return LoadResult(o, wall_s, self._streams, self._max_open, self._samples, self._late_s)
 
-    def _goes_on(self, start_s: float) -> bool:
-        o = self._options
-        if o.minutes is not None:
-            return time.monotonic() - start_s < 60 * o.minutes
-        return self._num_begun < o.num_requests
+    async def _watch(self, client: httpx.AsyncClient) -> None:
+        while self._options.sample_s is not None:
+            await asyncio.sleep(self._options.sample_s)
+            await self._sample(client)
 
-    async def _closed(self, client: httpx.AsyncClient, start_s: float) -> None:
+    async def _sample(self, client: httpx.AsyncClient) -> None:
+        ended = {"streams_done": len(self._streams), "streams_failed": sum(s.error is not None for s in self._streams)}
+        sample = await take_sample(client, time.monotonic() - self._start_s, ended)
+        self._samples.append(sample)
+        self._on_sample(sample)
+
+    @property
+    def _is_over(self) -> bool:
+        limit_s = self._options.duration_s
+        return limit_s is not None and time.monotonic() - self._start_s >= limit_s
+
+    async def _closed(self, client: httpx.AsyncClient, todo: Iterator[Ask]) -> None:
         async def worker() -> None:
-            while self._goes_on(start_s):
-                await self._stream(client)
+            while not self._is_over and (ask := next(todo, None)) is not None:
+                await self._stream(client, ask)
 
         await asyncio.gather(*(worker() for _ in range(self._options.concurrency)))
 
-    async def _poisson(self, client: httpx.AsyncClient, start_s: float) -> None:
-        gaps, rate = random.Random(self._options.seed), self._options.rate
-        assert rate is not None
+    async def _open(self, client: httpx.AsyncClient, todo: Iterator[Ask]) -> None:
         async with asyncio.TaskGroup() as group:
-            while self._goes_on(start_s):
-                group.create_task(self._stream(client))
-                await asyncio.sleep(gaps.expovariate(rate))
+            for ask in todo:
+                late_s = time.monotonic() - self._start_s - ask.at_s
+                await asyncio.sleep(max(-late_s, 0.0))
+                if self._is_over:
+                    return
+                self._late_s = max(self._late_s, late_s)
+                group.create_task(self._stream(client, ask))
 
-    async def _stream(self, client: httpx.AsyncClient) -> None:
+    async def _stream(self, client: httpx.AsyncClient, ask: Ask) -> None:
         """One request from its sending to its end, whatever that is."""
-        stream, number, start_s = Stream(), self._num_begun, time.monotonic()
-        self._num_begun += 1
+        stream, start_s = Stream(), time.monotonic()
         self._num_open += 1
         self._max_open = max(self._max_open, self._num_open)
         try:
-            await self._read(client, self._body(number), stream, start_s)
+            await self._read(client, ask, stream, start_s)
         except httpx.HTTPError as error:
             stream.error = type(error).__name__
         self._num_open -= 1
@@ -190,8 +201,8 @@ class Load:
         self._streams.append(stream)
         self._on_end(stream)
 
-    async def _read(self, client: httpx.AsyncClient, body: dict[str, Any], stream: Stream, start_s: float) -> None:
-        async with client.stream("POST", "/v1/completions", json=body) as response:
+    async def _read(self, client: httpx.AsyncClient, ask: Ask, stream: Stream, start_s: float) -> None:
+        async with client.stream("POST", "/v1/completions", json=self._body(ask)) as response:
             if response.status_code != 200:
                 stream.error = f"HTTP {response.status_code}"
                 return
@@ -209,34 +220,16 @@ class Load:
                 if event.get("usage"):
                     stream.num_tokens = event["usage"]["completion_tokens"]
                     stream.num_prompt_tokens = event["usage"]["prompt_tokens"]
-            if finish is None or stream.num_tokens != self._options.max_tokens:
+            if finish is None or stream.num_tokens != ask.max_tokens:
                 stream.error = "cut short"
 
-    def _body(self, number: int) -> dict[str, Any]:
-        o = self._options
-        common, own = random.Random(o.seed), random.Random(f"{o.seed}/{number}")
-        words = [common.choice(WORDS) for _ in range(o.shared_words)]
-        words += [own.choice(WORDS) for _ in range(o.prompt_words - o.shared_words)]
+    def _body(self, ask: Ask) -> dict[str, Any]:
         return {
             "model": self._model,
-            "prompt": " ".join(words),
-            "max_tokens": o.max_tokens,
+            "prompt": ask.prompt,
+            "max_tokens": ask.max_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-
-
-async def _resources(client: httpx.AsyncClient) -> dict[str, float]:
-    """What instances hold, as ``INSTANCE NAME``; empty for a service that is not ours."""
-    response = await client.get("/metrics")
-    found = _GAUGE.findall(response.text) if response.status_code == 200 else []
-    return {f"{instance} {name}": float(value) for instance, name, value in found if name in RESOURCES}
-
-
-_WORDS = (
-    "time person year way day thing man world life hand part child eye woman place work week case point government "
-    "company number group problem fact light river stone winter letter music window garden engine market story"
-)
-WORDS = _WORDS.split()

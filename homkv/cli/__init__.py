@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import basis, bench, calibrate, demo, doctor, eval, formats, keys, serve, serve_vllm, sim
+from homkv.cli import basis, bench, calibrate, chaos, demo, doctor, eval, formats, keys, serve, serve_vllm, sim, trace
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -19,8 +19,10 @@ app.command("demo")(demo.demo)
 app.command("eval")(eval.evaluate)
 app.command("basis")(basis.basis)
 app.command("calibrate")(calibrate.calibrate)
+app.command("chaos")(chaos.chaos)
 app.command("formats")(formats.formats)
 app.command("doctor")(doctor.doctor)
+app.command("trace")(trace.trace)
 app.command(
     "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )(serve.serve)

@@ -9,6 +9,7 @@ from rich.console import Console
 from homkv.cli.bench_jct import jct
 from homkv.cli.bench_pd import pd
 from homkv.cli.bench_report import report
+from homkv.cli.bench_serve import serve
 from homkv.errors import UnsupportedError
 from homkv.spec import DEFAULT_FORMAT
 
@@ -16,6 +17,7 @@ app = typer.Typer(help="Measure speed, always beside the best alternative.", no_
 app.command()(jct)
 app.command()(pd)
 app.command()(report)
+app.command()(serve)
 
 DEVICES = ("auto", "cpu", "cuda")
 CPU, GPU = "On the CPU", "On a GPU"
@@ -108,6 +110,7 @@ def generate(
     context: Annotated[list[int] | None, typer.Option(help="Tokens per sequence; repeat the option.")] = None,
     steps: Annotated[int, typer.Option(help="Tokens that are timed.")] = 64,
     repetitions: Annotated[int, typer.Option(help="Turns of every format.")] = 3,
+    seconds: Annotated[float | None, typer.Option(help="After so long no turn is begun.")] = None,
     check_tokens: Annotated[int, typer.Option(help="Prompt of the check with and without graph; 0: none.")] = 4096,
     json_file: Annotated[Path | None, typer.Option("--json", help="Append one line per row to this file.")] = None,
 ) -> None:
@@ -122,6 +125,7 @@ def generate(
         contexts=tuple(context or usual.contexts),
         steps=steps,
         repetitions=repetitions,
+        seconds=seconds,
         check_tokens=check_tokens,
         record=json_file,
     )
@@ -139,41 +143,3 @@ def plot(
 
     for path in draw(read_rows(file), folder):
         print(path)
-
-
-@app.command()
-def serve(
-    url: Annotated[str, typer.Option(help="Where the service is, without /v1.")] = "http://127.0.0.1:8000",
-    requests: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 200,
-    concurrency: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 200,
-    rate: Annotated[float | None, typer.Option(help="Requests per second at random times instead.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Go on for so long instead.")] = None,
-    prompt_words: Annotated[int, typer.Option(min=1, help="Words of a prompt.")] = 60,
-    shared_words: Annotated[int, typer.Option(min=0, help="Of them the same in all prompts.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer.")] = 64,
-    api_key: Annotated[str | None, typer.Option(help="The service's API key.", envvar="HOMKV_API_KEY")] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Append the result to this file.")] = None,
-) -> None:
-    """Put a running `homkv serve` under load: TTFT, TPOT and E2EL, errors, growth. Exit code 1 after any error."""
-    import json
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from homkv.bench.load import Load, LoadOptions
-    from homkv.cli.load import render
-
-    options = LoadOptions(
-        url, requests, concurrency, rate, minutes, prompt_words, shared_words, max_tokens, api_key, seed
-    )
-    console = Console()
-    columns = (TextColumn("streams"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None if minutes else requests)
-        result = Load(options, lambda stream: progress.advance(task)).run()
-    console.print(render(result))
-    if json_file is not None:
-        with json_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result.to_dict()) + "\n")
-    if result.errors:
-        raise typer.Exit(1)

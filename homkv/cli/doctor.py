@@ -1,4 +1,4 @@
-"""``homkv doctor``: is everything here that the demo needs, and if not, what to do."""
+"""``homkv doctor``: is everything here that the demo needs, and if not, what to do; or what bounds a service."""
 
 import importlib.metadata
 import json
@@ -16,10 +16,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from homkv.cli.doctor_url import examine
+
 # Instruction sets that matter to integer dot products, by their names in /proc/cpuinfo (x86 and Arm).
 ISA_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 LIBRARIES = ("torch", "transformers", "numpy", "pyzmq", "msgspec", "xxhash", "safetensors", "gguf", "accelerate")
 COMPILERS = ("c++", "g++", "clang++")
+SERVICE = "A running service"
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,26 @@ class Check:
     required: bool = True  # by `homkv demo`
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False) -> None:
-    """Check that everything `homkv demo` needs is here. Exit code 1 if something is missing."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    url: Annotated[str | None, typer.Option(help="A running service, without /v1.", rich_help_panel=SERVICE)] = None,
+    over_s: Annotated[
+        float | None, typer.Option(help="Look at what ends in so many seconds only.", rich_help_panel=SERVICE)
+    ] = None,
+    link_gbps: Annotated[
+        float | None, typer.Option(help="Rate of its link; else as it was seen.", rich_help_panel=SERVICE)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Its API key.", envvar="HOMKV_API_KEY", rich_help_panel=SERVICE)
+    ] = None,
+) -> None:
+    """Check that everything `homkv demo` needs is here. Exit code 1 if something is missing.
+
+    With --url: say which of queue, prefill, link and decode bounds that service, and whether compression helps there.
+    """
+    if url is not None:
+        examine(url, api_key, over_s, link_gbps, as_json)
+        return
     checks = [*check_python(), *check_machine(), *check_kernel(), *check_data(), *check_wire()]
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=1))

@@ -32,7 +32,10 @@ def run_gateway(settings: "ServeSettings", role: "Role") -> None:
         prefills, decodes, security = _instances(settings, role, stack, console)
         tokenizer = load_tokenizer(settings.model)
         limits = DispatchOptions(
-            policy=settings.policy, max_requests=settings.max_requests, request_timeout_s=settings.request_timeout_s
+            policy=settings.policy,
+            max_requests=settings.max_requests,
+            max_records=settings.max_records,
+            request_timeout_s=settings.request_timeout_s,
         )
         metrics = Metrics()
         dispatcher = Dispatcher(prefills, decodes, security, limits=limits, on_end=metrics.ended)

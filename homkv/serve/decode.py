@@ -32,6 +32,7 @@ from homkv.serve.messages import (
     Done,
     Failed,
     Finish,
+    FinishReason,
     Renew,
     Reserve,
     Ticket,
@@ -83,9 +84,8 @@ class _Request:
 class DecodeInstance:
     """Decodes on pages that prefill instances send. ``formats``: names of ``--kv-cache-dtype`` that it accepts.
 
-    ``max_tokens``: room for KV, in tokens, per format. ``lease_s``: room for which no sign of life comes for so long is
-    freed and its client told; ``max_lease_s``: the same if its KV is not complete by then, whatever came; ``clock``
-    is theirs. Raises FormatError or UnsupportedError for a format that this model cannot use.
+    ``max_tokens``: room for KV, in tokens, per format. ``lease_s``, ``max_lease_s``, ``clock``: of a Lease on room that
+    waits for KV. Raises FormatError or UnsupportedError for a format that this model cannot use.
     """
 
     def __init__(
@@ -150,8 +150,9 @@ class DecodeInstance:
         self._listen(0.0 if busy else idle_s)
         self._expire()
         self._admit()
-        for engine in self.engines.values():
-            self._step(engine)
+        with self.status.computing():
+            for engine in self.engines.values():
+                self._step(engine)
 
     def _listen(self, timeout_s: float) -> None:
         """Handle what arrived. Receipts leave with the next poll, which must not wait for a decode step."""
@@ -266,8 +267,7 @@ class DecodeInstance:
 
     def _renew(self, client: bytes, renew: Renew) -> None:
         for request_id in renew.request_ids:
-            request = self._requests.get(request_id)
-            if request is not None and request.client == client:
+            if (request := self._requests.get(request_id)) is not None and request.client == client:
                 request.lease.renew()
 
     def _cancel(self, client: bytes, request_id: str) -> None:
@@ -357,8 +357,7 @@ class DecodeInstance:
             for request in batch:
                 self._fail(request, error)
             return
-        self.status.counters["steps"] += 1
-        self.status.counters["tokens"] += len(batch)
+        self.status.counters.update(steps=1, tokens=len(batch))
         for request, row in zip(batch, logits, strict=True):
             try:
                 choice = choose(row, request.ask.sampling, request.ask.first_index + request.num_sent)
@@ -371,17 +370,18 @@ class DecodeInstance:
         """Stream a token; end the request at its last one."""
         ask, index = request.ask, request.num_sent
         data = logits.numpy().tobytes() if ask.return_logits and logits is not None else None
-        self.listener.send(request.client, Token(ask.request_id, ask.first_index + index, choice, data))
+        evidence = request.engine.evidence(request.seq) if ask.return_evidence and index == 0 else None
+        stop = ask.forced_ids is None and not ask.ignore_eos and choice.token in self._stop_tokens()
+        last: FinishReason | None = "stop" if stop else "length" if index + 1 == ask.max_new_tokens else None
+        token = Token(ask.request_id, ask.first_index + index, choice, data, evidence, last)
+        self.listener.send(request.client, token)
         request.next_token = choice.token if ask.forced_ids is None else ask.forced_ids[index]
         request.num_sent += 1
-        stop = ask.forced_ids is None and not ask.ignore_eos and choice.token in self._stop_tokens()
-        if request.num_sent == ask.max_new_tokens or stop:
+        if last is not None:
             times = DecodeTimes(request.verified_s, request.first_token_s, time.monotonic())
             kv_bytes, total = request.engine.kv_bytes(request.seq), ask.first_index + request.num_sent
             self._close(request)
-            self.listener.send(
-                request.client, Done(ask.request_id, total, kv_bytes, times, "stop" if stop else "length")
-            )
+            self.listener.send(request.client, Done(ask.request_id, total, kv_bytes, times, last))
 
     def _stop_tokens(self) -> set[int]:
         stop = self.loaded.model.generation_config.eos_token_id

@@ -52,7 +52,8 @@ class Dispatcher:
         options: LinkOptions = SERVING,
         on_end: Callable[[Record, HomkvError | None], None] = lambda record, error: None,
     ) -> None:
-        self.limits, self.records = limits or DispatchOptions(), RecordBook()
+        self.limits = limits or DispatchOptions()
+        self.records = RecordBook(self.limits.max_records)
         self._fleet = Fleet(prefills, decodes, security, options)
         self._on_end = on_end
         self._commands: deque[Callable[[], None]] = deque()
@@ -91,21 +92,22 @@ class Dispatcher:
         return self._num_accepted
 
     def submit(self, query: Query, sink: Sink, request_id: str | None = None) -> str:
-        """Accept a request; returns its id. Raises CapacityError if ``max_requests`` have not ended."""
+        """Accept a request; returns its id. Raises CapacityError (too many) or TransferError (id in use, closed)."""
         request_id = request_id or secrets.token_hex(12)
         record = Record(request_id, len(query.prompt_ids))
         request = Request(query, sink, record, record.submitted_s + self.limits.request_timeout_s)
         with self._lock:
             if self._stop:
                 raise TransferError("expected a running dispatcher, found it closed; make a new one")
+            if (known := self.records.get(request_id)) is not None and not known.has_ended:
+                raise TransferError(f"expected a new request id, found {request_id!r} in use; choose another")
             if self._num_accepted >= self.limits.max_requests:
-                raise CapacityError(
-                    f"expected fewer than {self.limits.max_requests} requests at a time, found more; try again later"
-                )
+                why = f"expected fewer than {self.limits.max_requests} requests at a time, found more; try again later"
+                raise CapacityError(why)
+            self.records.add(record)
             self._num_accepted += 1
             self._commands.append(lambda: self._accept(request))
             self._wake.ring()
-        self.records.add(record)
         return request_id
 
     def cancel(self, request_id: str, why: str = "cancelled by its client") -> None:
@@ -193,9 +195,8 @@ class Dispatcher:
                 raise TransferError(f"expected our messages to be accepted, found: {message.detail}")
         else:
             request = self._running.get(getattr(message, "request_id", ""))
-            if request is not None and member in (request.prefill, request.decode):
+            if request is not None and member in (request.prefill, request.decode):  # else of an attempt that is over
                 self._advance(request, member, message)
-            # else the tail of an attempt that is over
 
     def _advance(self, request: Request, member: Member, message: msgspec.Struct) -> None:
         match message:
@@ -254,13 +255,11 @@ class Dispatcher:
         """There is room: let the least loaded prefill instance compute the prompt."""
         if request.record.state != State.RESERVING:
             return
-        prefill = self._fleet.choose_prefill(request.source)
-        if prefill is None:
+        if (prefill := self._fleet.choose_prefill(request.source)) is None:
             self._attempt_failed(request, LinkError("vanished", "expected a prefill instance, found none left"), None)
             return
-        order = request.order(prefill, ticket)
+        record, order = request.record, request.order(prefill, ticket)
         prefill.load[request.sequence] = len(order.prompt_ids)
-        record = request.record
         record.num_shared_pages = ticket.first_page
         record.move(State.PREFILLING, instance=prefill.name, epoch=ticket.epoch, first_page=ticket.first_page)
         record.end_phase("wait")
@@ -291,7 +290,7 @@ class Dispatcher:
         if not request.tokens:
             record.end_phase("first_token")
         request.tokens.append(token.choice.token)
-        record.num_tokens = len(request.tokens)
+        record.num_tokens, request.reason = len(request.tokens), token.reason
         request.sink(token)
 
     def _take_prefill(self, request: Request, member: Member, done: PrefillDone) -> None:
@@ -332,8 +331,7 @@ class Dispatcher:
             self._end(request, State.DONE, None, request.done.reason)
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:
-        request = self._by_id.get(request_id)
-        if request is not None and request.record.state == State.DECODING:
+        if (request := self._by_id.get(request_id)) is not None and request.record.state == State.DECODING:
             self._end(request, State.DONE, None, reason)
 
     def _cancel(self, request_id: str, why: str) -> None:
@@ -360,8 +358,8 @@ class Dispatcher:
         """Instances failed a request: the policy says whether it is tried again."""
         record = request.record
         record.note("attempt_failed", instance=member.name if member else None, error=str(error))
-        is_transient = isinstance(error, TransferError)
-        if self.limits.policy == "fail" or not is_transient or record.num_attempts >= MAX_ATTEMPTS:
+        may_help = isinstance(error, TransferError) and record.num_attempts < MAX_ATTEMPTS and request.reason is None
+        if self.limits.policy == "fail" or not may_help:
             self._end(request, State.FAILED, error)
             return
         log.warning("recomputes", request_id=record.request_id, attempt=record.num_attempts, error=str(error))
@@ -385,6 +383,8 @@ class Dispatcher:
         record = request.record
         if record.has_ended:
             return
+        if state == State.FAILED and request.reason is not None:  # every token was told: what failed came behind them
+            state, error, reason = State.DONE, None, request.reason
         if request.done is not None and request.decode is not None:
             request.decode.load.pop(request.sequence, None)  # it has freed everything by itself
         record.error = None if error is None else f"{type(error).__name__}: {error}"

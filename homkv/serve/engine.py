@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from homkv.attention.api import computes_quantized_prefill
+from homkv.attention import api
 from homkv.cache import PagedCache
 from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
@@ -17,6 +17,8 @@ from homkv.models.forward import last_logits
 from homkv.rope import RopeSpec
 from homkv.seal import LayerContent
 from homkv.serve.convert import EXACT_DTYPE
+from homkv.serve.evidence import collect
+from homkv.serve.messages import Evidence
 from homkv.serve.prefix import PrefixIndex
 from homkv.transport.assemble import SequencePlan
 from homkv.transport.wire import Expectation, LayerLayout
@@ -105,6 +107,10 @@ class Engine(ABC):
         """All layers of the prompt are there: let others share its first pages under these keys."""
 
     @abstractmethod
+    def evidence(self, seq: int) -> Evidence:
+        """What is held of a sequence, to compare with another run."""
+
+    @abstractmethod
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
         """Feed one token to each sequence; returns logits ``[B, V]`` of the next."""
 
@@ -183,6 +189,19 @@ class PagedEngine(Engine):
                 self.cache.keep([block])
                 self.prefixes.add(key, block)
 
+    def evidence(self, seq: int) -> Evidence:
+        """See Engine.evidence. Attention is the format's own, through the sequence's references to pages."""
+        cache, scale = self.cache, self.loaded.head_dim**-0.5
+
+        def stored(layer: int) -> tuple[Tensor, ...]:
+            content = cache.export_layer(layer, seq)
+            return content.pages, content.exact_k, content.exact_v
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            return api.attend(q, cache.view(layer, [seq]), cache.codecs[layer], scale, impl=cache.impl)[0]
+
+        return collect(self.loaded, stored, attend)
+
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
         """See Engine.step. Sequences of unequal length share one pass."""
         positions = torch.tensor([[self.cache.num_tokens(s)] for s in seqs])
@@ -227,6 +246,6 @@ def serving_codec(kv_cache_dtype: str, head_dim: int, rope: RopeSpec | None = No
     codec = make_codec(kv_cache_dtype, head_dim, rope)
     if codec.coder is not None:
         codec.coder.require()
-    if computes_quantized_prefill(codec):
+    if api.computes_quantized_prefill(codec):
         raise UnsupportedError(f"expected a format with exact prefill, found {codec.name}; drop its prefill option")
     return codec

@@ -15,6 +15,8 @@ from homkv.models import LoadedModel
 from homkv.models.forward import last_logits
 from homkv.seal import LayerContent
 from homkv.serve.engine import Engine, PagedEngine, codec_for
+from homkv.serve.evidence import collect
+from homkv.serve.messages import Evidence
 
 
 @dataclass
@@ -86,6 +88,19 @@ class ExactEngine(Engine):
 
     def publish(self, seq: int, keys: Sequence[bytes]) -> None:
         """Share nothing: there are no pages to refer to."""
+
+    def evidence(self, seq: int) -> Evidence:
+        """See Engine.evidence."""
+        row = self._rows[seq]
+
+        def stored(layer: int) -> tuple[Tensor, Tensor]:
+            keys, values = row.kv[layer, :, None, :, : row.num_tokens[layer]].unbind(0)
+            return keys, values
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            return scaled_dot_product_attention(q.to(row.kv.dtype), *stored(layer), enable_gqa=True)
+
+        return collect(self.loaded, stored, attend)
 
     def step(self, seqs: list[int], tokens: list[int]) -> Tensor:
         """See Engine.step."""

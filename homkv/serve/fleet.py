@@ -64,6 +64,11 @@ class Member:
         """Tokens of the requests that it was given and has not finished."""
         return sum(self.load.values())
 
+    @property
+    def round_trip_s(self) -> float | None:
+        """Shortest time in which this incarnation has answered; None before the first answer."""
+        return None if self._round_trip_s == float("inf") else self._round_trip_s
+
     def offers(self, kv_cache_dtype: str) -> bool:
         """Whether it holds this format, as far as it has said."""
         return self.status is not None and kv_cache_dtype in self.status.formats

@@ -4,6 +4,7 @@ queued -> reserving -> prefilling -> decoding -> done
 any of these -> failed | cancelled;  reserving, prefilling, decoding -> queued (policy recompute)
 """
 
+import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,6 +39,14 @@ MOVES: dict[State, frozenset[State]] = {
 }
 # What the time to first token and the time behind it consist of, in order.
 PHASES = ("queue", "wait", "turn", "prefill", "pack", "send", "verify", "first_token", "decode")
+# Where the time goes of a request that has not got any further. What of "prefill" was turn, pack, send or verify is
+# known when its instance reports that everything was delivered.
+OPEN_PHASES = {
+    State.QUEUED: "queue",
+    State.RESERVING: "wait",
+    State.PREFILLING: "prefill",
+    State.DECODING: "first_token",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class Record:
         if state not in MOVES[self.state]:
             raise HomkvError(f"expected a move from {self.state} to {sorted(MOVES[self.state])}, found {state}; a bug")
         self.state = state
+        if state is State.QUEUED:  # another attempt: what the last one took becomes waiting
+            self.moments = {name: at_s for name, at_s in self.moments.items() if name == "first_token"}
         self.note(state.value, **detail)
 
     def end_phase(self, phase: str, at_s: float | None = None) -> None:
@@ -124,31 +135,55 @@ class Record:
             return None
         return (self.jct_s - self.ttft_s) / (self.num_tokens - 1)
 
+    @property
+    def elapsed_s(self) -> float:
+        """Time until its end, whatever that was, or until now."""
+        jct_s = self.jct_s
+        return self.clock() - self.submitted_s if jct_s is None else jct_s
+
+    @property
+    def prefill(self) -> str | None:
+        """Prefill instance of the last attempt."""
+        return self._instance(State.PREFILLING)
+
+    @property
+    def decode(self) -> str | None:
+        """Decode instance of the last attempt."""
+        return self._instance(State.RESERVING)
+
+    def _instance(self, state: State) -> str | None:
+        found = [event.detail.get("instance") for event in list(self.events) if event.name == state]
+        return found[-1] if found else None
+
     def phases_s(self) -> dict[str, float]:
-        """How long each phase kept the request, in order; they sum to the job completion time.
+        """How long each phase kept the request, in order; they sum to its elapsed time.
 
         Packing, sending and verifying overlap the computation: a phase is only what was left of it when the one before
         had ended. Times of other hosts are mapped to our clock within a round trip.
         """
-        out, last = {}, 0.0
-        for phase in PHASES:
-            now = min(max(self.moments.get(phase, last), last), self.moments.get("first_token", float("inf")))
-            now = max(self.moments[phase], last) if phase == "decode" and phase in self.moments else now
+        out, last, moments = dict.fromkeys(PHASES, 0.0), 0.0, self.moments
+        for phase in PHASES[:-1]:
+            now = min(max(moments.get(phase, last), last), moments.get("first_token", float("inf")))
             out[phase], last = now - last, now
+        live = [OPEN_PHASES[State(e.name)] for e in list(self.events) if e.name in OPEN_PHASES]
+        rest = "decode" if "first_token" in moments else live[-1] if live else "queue"
+        out[rest] += max(self.elapsed_s - last, 0.0)
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        plain = asdict(self)
+        """Plain data for JSON. Any thread may ask while the dispatcher's goes on writing."""
+        still = copy.copy(self)
+        still.events, still.moments, still.busy_s = list(self.events), dict(self.moments), dict(self.busy_s)
+        plain = asdict(still)
         del plain["clock"], plain["submitted_s"]
-        times = {"ttft_s": self.ttft_s, "tpot_s": self.tpot_s, "jct_s": self.jct_s}
-        return plain | times | {"phases_s": self.phases_s()}
+        names = ("ttft_s", "tpot_s", "jct_s", "elapsed_s", "prefill", "decode")
+        return plain | {name: getattr(still, name) for name in names} | {"phases_s": still.phases_s()}
 
 
 class RecordBook:
     """The newest records by request id. Written by one thread, read by any."""
 
-    def __init__(self, max_records: int = 2000) -> None:
+    def __init__(self, max_records: int) -> None:
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._max_records = max_records
 

@@ -54,6 +54,7 @@ class Reserve(_Message, frozen=True):
     ignore_eos: bool = False
     forced_ids: Ids | None = None  # feed these instead of the sampled tokens: to compare models on one text
     return_logits: bool = False
+    return_evidence: bool = False
 
 
 class Ticket(_Message, frozen=True):
@@ -126,13 +127,29 @@ class Finish(_Message, frozen=True):
     choice: Choice
 
 
+class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is held of a prompt when its last layer was verified: a digest of all bytes, and attention over them."""
+
+    kv: bytes
+    attention: bytes
+
+
+FinishReason = Literal["stop", "length"]
+
+
 class Token(_Message, frozen=True):
-    """One generated token. ``logits``: float32 little endian, of the distribution it was chosen from."""
+    """One generated token. ``logits``: float32 little endian, of the distribution it was chosen from.
+
+    ``evidence``: with the first token of an attempt that asked for it. ``reason``: with the last one, so that the
+    answer is known to be whole before Done comes.
+    """
 
     request_id: RequestId
     index: Count
     choice: Choice
     logits: bytes | None = None
+    evidence: Evidence | None = None
+    reason: FinishReason | None = None
 
 
 class DecodeTimes(msgspec.Struct, frozen=True):
@@ -141,9 +158,6 @@ class DecodeTimes(msgspec.Struct, frozen=True):
     verified_s: float  # the last layer was verified and stored
     first_token_s: float
     done_s: float
-
-
-FinishReason = Literal["stop", "length"]
 
 
 class Done(_Message, frozen=True):

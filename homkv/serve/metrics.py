@@ -6,7 +6,7 @@ Times are seconds, sizes bytes. docs/serving.md lists every name.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -35,7 +35,7 @@ class Metrics:
         self._phase = Histogram(
             "homkv_phase_seconds", "What a phase added to a request's time", ["phase"], buckets=FAST, **at
         )
-        self._busy = Histogram("homkv_busy_seconds", "Own time of hidden work", ["work"], buckets=FAST, **at)
+        self._busy = Histogram("homkv_busy_seconds", "Own time of a transfer's work", ["work"], buckets=FAST, **at)
         self._bytes = Counter("homkv_transfer_bytes", "KV moved: in 16 bits, and on the wire", ["kind"], **at)
         self._ratio = Histogram("homkv_compression_ratio", "raw / wire bytes of a transfer", buckets=RATIOS, **at)
         self._error = Histogram(
@@ -49,6 +49,7 @@ class Metrics:
         self.slow_clients = Counter("homkv_slow_clients", "Clients cut off because they took no bytes", **at)
         for phase in PHASES:
             self._phase.labels(phase)
+        ProcessCollector(registry=self.registry)
 
     def ended(self, record: Record, error: HomkvError | None) -> None:
         """Count a request that ended. Called in the dispatcher's thread."""
@@ -61,6 +62,8 @@ class Metrics:
             self._bytes.labels("raw").inc(record.raw_bytes)
             self._bytes.labels("wire").inc(record.wire_bytes)
             self._ratio.observe(record.raw_bytes / record.wire_bytes)
+            for work, seconds in record.busy_s.items():
+                self._busy.labels(work).observe(seconds)
         if record.reconstruction_error is not None:
             self._error.observe(record.reconstruction_error)
         if error is not None:
@@ -74,8 +77,6 @@ class Metrics:
                 histogram.observe(seconds)
         for phase, seconds in record.phases_s().items():
             self._phase.labels(phase).observe(seconds)
-        for work, seconds in record.busy_s.items():
-            self._busy.labels(work).observe(seconds)
 
     def refused(self, reason: str) -> None:
         """Count an HTTP request that was not accepted."""
@@ -106,10 +107,14 @@ NAMED_COUNTERS = (
     ("homkv_leases_expired", "Room freed because no sign of life came, or no KV in time", "leases_expired"),
     ("homkv_digest_mismatches", "Frames refused because their digest was wrong", "refused.digest"),
     ("homkv_refused_peers", "Handshakes refused because of the key", "refused.untrusted_key"),
+    ("homkv_instance_busy_seconds", "Time spent computing", "busy_seconds"),
+    ("homkv_instance_up_seconds", "Time since the start", "up_seconds"),
 )
 NAMED_GAUGES = (
     ("homkv_page_blocks_free", "Blocks of pages that a new request can have", "blocks_free"),
     ("homkv_page_blocks", "Blocks of pages", "blocks_total"),
+    ("homkv_leases_open", "Reservations whose KV has not come whole", "requests_receiving"),
+    ("homkv_link_bytes_per_second", "What the link carried at its best, which it carries at least", "link_bytes_per_s"),
     ("homkv_prefix_pages_asked", "Pages of prompts that were looked up", "prefix_pages_asked"),
     ("homkv_prefix_pages_found", "Of them, pages that were there", "prefix_pages_found"),
 )

@@ -81,7 +81,7 @@ class PrefillInstance:
         self._turns: Turns[PromptJob] = Turns()
         self._sending: list[PromptJob] = []
         self._closer = ThreadPoolExecutor(4, thread_name_prefix="close")  # closing may wait for a dead peer
-        self._num_begun = 0
+        self._num_begun, self._link_bytes_per_s = 0, 0.0
         self._current: PromptJob | None = None  # in the middle of a chunk
 
     @property
@@ -115,7 +115,8 @@ class PrefillInstance:
             self._guarded(job, self._deliver)
         chosen = self._turns.next()
         if chosen is not None:
-            self._guarded(chosen, self._compute_chunk)
+            with self.status.computing():
+                self._guarded(chosen, self._compute_chunk)
 
     def _guarded(self, job: PromptJob, work: Callable[[PromptJob], None]) -> None:
         """Do something for a job; an error ends the job and nothing else."""
@@ -164,6 +165,7 @@ class PrefillInstance:
             "prefix_pages_found": self.prefixes.index.num_found,
             "prefix_pages_held": len(self.prefixes.index),
             "prefix_bytes": self.prefixes.num_bytes,
+            "link_bytes_per_s": self._link_bytes_per_s,
         }
 
     def _accept(self, job: PromptJob) -> None:
@@ -297,6 +299,18 @@ class PrefillInstance:
                 "faster link or a smaller format"
             )
 
+    def _link_rate(self, frames: tuple[FrameTiming, ...]) -> float:
+        """Bytes per second that the link carries, at least: a receipt also waits for the decode instance's step.
+
+        So the fastest frame so far says the most. A shaped link's rate is known.
+        """
+        if self._shaper.gbps is None:
+            paces = (f.num_bytes / max(f.acked_s - f.sent_s - f.verify_s, 1e-6) for f in frames)
+            self._link_bytes_per_s = max(self._link_bytes_per_s, *paces)
+        else:
+            self._link_bytes_per_s = self._shaper.gbps * 1e9 / 8
+        return self._link_bytes_per_s
+
     def _done(self, job: PromptJob, pipe: LayerPipe, frames: tuple[FrameTiming, ...]) -> PrefillDone:
         ask, wire_bytes = job.ask, sum(f.num_bytes for f in frames)
         times = PrefillTimes(
@@ -306,7 +320,7 @@ class PrefillInstance:
             packed_s=pipe.packed_s,
             sent_s=max(f.sent_s for f in frames),
             pack_busy_s=pipe.busy_s,
-            send_busy_s=self._shaper.seconds(wire_bytes),
+            send_busy_s=wire_bytes / self._link_rate(frames),
             verify_busy_s=sum(f.verify_s for f in frames),
         )
         num_sent = len(ask.prompt_ids) - ask.first_page * pipe.target.page_tokens

@@ -32,6 +32,7 @@ class Query:
     sampling: Sampling = field(default_factory=Sampling)
     forced_ids: list[int] | None = None
     return_logits: bool = False
+    return_evidence: bool = False  # with the first token: what the decode instance holds then
     ignore_eos: bool = False
     report_progress: bool = False
 
@@ -58,6 +59,7 @@ class DispatchOptions:
     max_requests: int = 512  # accepted and not ended
     reservations_per_instance: int = 4  # that wait for room at one decode instance; the others choose later
     request_timeout_s: float = 600.0
+    max_records: int = 2000  # newest requests that can be looked up
     no_instance_timeout_s: float = 30.0  # a request fails if for so long no instance could take it
 
 
@@ -77,6 +79,7 @@ class Request:
     ticket: Ticket | None = None
     prefill_done: PrefillDone | None = None
     done: Done | None = None
+    reason: FinishReason | None = None  # of the last token: the answer is whole, whatever fails now
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -107,6 +110,7 @@ class Request:
             query.ignore_eos,
             None if query.forced_ids is None else query.forced_ids[len(self.tokens) :],
             query.return_logits,
+            query.return_evidence,
         )
 
     def order(self, prefill: Member, ticket: Ticket) -> Prefill:

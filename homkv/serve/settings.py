@@ -56,6 +56,7 @@ class ServeSettings(BaseSettings):
     api_key_file: Path | None = Field(None, description="file with the API key")
     policy: Literal["fail", "recompute"] = Field("fail", description="what happens when an instance fails a request")
     max_requests: Positive = Field(512, description="accepted at a time; more are answered 429")
+    max_records: Positive = Field(2000, description="newest requests that can be looked up")
     max_new_tokens: Positive = Field(4096, description="of one request")
     max_body_bytes: Positive = Field(4 << 20, description="of an HTTP request; more is answered 413")
     request_timeout_s: Seconds = Field(600.0, description="a request that has not ended by then fails")

@@ -12,6 +12,7 @@ applies them (homkv.eval.chaos).
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ ProcessKind = Literal["kill", "stop", "restart", "full_pool", "slow_client", "cl
 Kind = LinkKind | ProcessKind
 LINK_KINDS: tuple[LinkKind, ...] = get_args(LinkKind)
 PROCESS_KINDS: tuple[ProcessKind, ...] = get_args(ProcessKind)
+KINDS: tuple[Kind, ...] = (*LINK_KINDS, *PROCESS_KINDS)
 
 # Every message of the protocol, by the listener whose link it crosses (docs/wire.md). "frame-receipt" is a receipt on a
 # connection that has carried a frame, "receipt" one on a connection of the dispatcher.
@@ -72,9 +74,9 @@ class Fault:
     duration_s: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.kind not in (*LINK_KINDS, *PROCESS_KINDS) or self.message not in messages_for(self.kind, self.where):
+        if self.kind not in KINDS or self.message not in messages_for(self.kind, self.where):
             raise UnsupportedError(
-                f"expected a fault of {', '.join((*LINK_KINDS, *PROCESS_KINDS))} at a message of its link, found "
+                f"expected a fault of {', '.join(KINDS)} at a message of its link, found "
                 f"{self.kind!r} at {self.where}:{self.message}; see homkv.testing.faults.MESSAGES"
             )
         if self.nth < 0 or self.duration_s < 0:
@@ -108,18 +110,20 @@ def messages_for(kind: str, where: str) -> tuple[str, ...]:
     return next((names for place, names in MESSAGES.items() if place == where), ())
 
 
-def combinations() -> list[tuple[Kind, Where, str]]:
-    """Every kind at every message."""
-    kinds: tuple[Kind, ...] = (*LINK_KINDS, *PROCESS_KINDS)
-    return [(kind, where, name) for kind in kinds for where in MESSAGES for name in messages_for(kind, where)]
+def combinations(kinds: Sequence[Kind] = ()) -> list[tuple[Kind, Where, str]]:
+    """Every kind, or each of ``kinds``, at every message. Raises UnsupportedError for a kind that does not exist."""
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UnsupportedError(f"expected faults of {', '.join(KINDS)}, found {', '.join(unknown)}")
+    return [(kind, where, name) for kind in kinds or KINDS for where in MESSAGES for name in messages_for(kind, where)]
 
 
-def random_plan(seed: int, count: int) -> list[Fault]:
+def random_plan(seed: int, count: int, kinds: Sequence[Kind] = ()) -> list[Fault]:
     """``count`` faults that follow from ``seed``: all combinations in random order, then all again, and so on."""
     draw = random.Random(seed)
     plan: list[Fault] = []
     while len(plan) < count:
-        everything = combinations()
+        everything = combinations(kinds)
         draw.shuffle(everything)
         for kind, where, message in everything[: count - len(plan)]:
             nth = draw.randrange(_MANY.get(message, 1))

@@ -1,8 +1,8 @@
 """A proxy in front of a listener that reads ZMTP 3.1 on its way, so that it can harm single messages of a link.
 
 It works on TCP connections: each connection of a peer has one of its own to the listener, and when one side ends, the
-other does. That keeps what ZeroMQ says about connections true through the proxy. Messages can be told apart on links
-without encryption only; encrypted ones pass as "sealed", and damage to them must end their connection.
+other does. That keeps what ZeroMQ says about connections true through the proxy. On links with keys it sees each part
+of a message as a message of its own, sealed, whose length tells what it is (homkv.testing.names).
 """
 
 import contextlib
@@ -14,24 +14,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Self
 
-import msgspec
-
 from homkv.errors import TransferError
 from homkv.testing.faults import Fault
-from homkv.transport.endpoint import FRAME, MESSAGE, MESSAGE_DIGEST_BYTES, PROBE, RECEIPT
+from homkv.testing.names import Names, PlainNames
 
 GREETING_BYTES = 64
 MORE, LONG, COMMAND = 1, 2, 4  # flags of a ZMTP frame
 CHUNK = 1 << 16
-
-
-class _Tagged(msgspec.Struct):
-    """What every control message begins with."""
-
-    type: str
-
-
-_tags = msgspec.msgpack.Decoder(_Tagged)
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
@@ -105,8 +94,8 @@ class _Connection:
 
     def __init__(self, link: "FaultyLink", near: socket.socket, far: socket.socket) -> None:
         self.link, self._ends = link, (near, far)
-        self.has_frames, self.stalled_until_s = False, 0.0
-        for direction in (_Direction(self, near, far), _Direction(self, far, near)):
+        self.names, self.stalled_until_s = link.make_names(), 0.0
+        for direction in (_Direction(self, near, far, True), _Direction(self, far, near, False)):
             threading.Thread(target=direction.run, daemon=True, name="faulty-link").start()
 
     def close(self) -> None:
@@ -122,8 +111,11 @@ class _Connection:
 class _Direction:
     """Everything that goes one way on one connection."""
 
-    def __init__(self, connection: _Connection, source: socket.socket, target: socket.socket) -> None:
+    def __init__(
+        self, connection: _Connection, source: socket.socket, target: socket.socket, to_listener: bool
+    ) -> None:
         self._connection, self._source, self._target = connection, source, target
+        self._to_listener = to_listener
         self._reader = _Reader(source)
         self._held: list[bytes] = []  # a message that a later one shall overtake
         self._is_silent = False
@@ -160,7 +152,8 @@ class _Direction:
 
     def _pass(self, parts: list[bytes]) -> None:
         """Pass a message on, or do to it what the fault says."""
-        fault, data = self._connection.link.take(self._name(parts)), encode_parts(parts)
+        name = self._connection.names.name(self._to_listener, parts)
+        fault, data = self._connection.link.take(name), encode_parts(parts)
         match fault.kind if fault is not None else None:
             case "drop":
                 return
@@ -186,29 +179,17 @@ class _Direction:
         if self._held:
             self._release()
 
-    def _name(self, parts: list[bytes]) -> str:
-        kind = parts[0] if parts else b""
-        if kind == FRAME:
-            self._connection.has_frames = True
-            return "frame"
-        if kind == RECEIPT:
-            return "frame-receipt" if self._connection.has_frames else "receipt"
-        if kind == MESSAGE:
-            try:
-                return _tags.decode(memoryview(parts[-1])[:-MESSAGE_DIGEST_BYTES]).type
-            except msgspec.MsgspecError:
-                return "unknown"
-        return "probe" if kind == PROBE else "sealed"
-
 
 class FaultyLink:
     """Listens at ``endpoint`` for the listener at ``target``, and harms what passes. A context manager.
 
-    One fault is armed at a time; each happens once. ``counts``: messages that passed, by name.
+    One fault is armed at a time; each happens once. ``counts``: messages that passed, by name. ``make_names``: who
+    names the messages of a connection; with keys SealedNames.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, make_names: Callable[[], Names] = PlainNames) -> None:
         self._target: tuple[str, int] | None = parse_endpoint(target)
+        self.make_names = make_names
         self.counts: Counter[str] = Counter()
         self.notes: list[str] = []  # why connections ended
         self._lock = threading.Lock()

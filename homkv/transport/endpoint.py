@@ -54,7 +54,7 @@ class LinkOptions:
     max_frame_bytes: int = MAX_FRAME_BYTES
     max_message_bytes: int = 4 << 20  # one control message
     max_messages: int = 1000  # queued per connection and direction
-    linger_s: float = 1.0  # close() gives unsent bytes this long
+    linger_s: float = 1.0  # Listener.close() gives unsent bytes this long
 
     def __post_init__(self) -> None:
         if not FRAME_OVERHEAD < self.max_frame_bytes <= HARD_CAP_BYTES:

@@ -1,5 +1,8 @@
 """The end-to-end benchmark's parts that need no GPU: KV of every kind, the loop on them, the table."""
 
+import io
+import math
+
 import pytest
 import torch
 from rich.console import Console
@@ -7,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from homkv.attention.triton.runtime import is_available
+from homkv.bench import generate
 from homkv.bench.generate import (
     MODELS,
     GenerateBenchOptions,
@@ -164,3 +168,17 @@ def test_loops_on_kernels_give_the_models_logits(name: str, tolerance: float) ->
             decoder.tokens.copy_(ids[:, t : t + 1])
             decoder.step()
             assert_relative(decoder.logits, expected[:, t], tolerance)
+
+
+def test_no_turn_is_begun_behind_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case without time is a row that says so; ratios are taken inside the turns of the others."""
+    times = {"bf16": 8.0, "small": 2.0}
+    monkeypatch.setattr(generate, "base_row", lambda kind, name, options: {"kind": kind, "format": name})
+    monkeypatch.setattr(generate, "time_steps", lambda model, shape, name, *rest: times[name])
+    model, options = random_model(TINY, torch.device("cpu")), GenerateBenchOptions(formats=("bf16", "small"), seconds=1)
+    measured = generate.case_rows(model, TINY, 4, 64, options, math.inf)
+    assert [row["tokens_per_s"] for row in measured] == [500, 2000]
+    assert measured[1]["speedup"] == 4
+    late = generate.case_rows(model, TINY, 4, 64, options, -math.inf)
+    assert all(row["skipped"] == "no time left of 1 s" for row in late)
+    Console(file=io.StringIO()).print(speed_table(late))

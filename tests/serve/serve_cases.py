@@ -171,6 +171,7 @@ def start_pair(
     lease_s: float = 60.0,
     max_lease_s: float = 600.0,
     share_prefixes: bool = True,
+    prefix_bytes: int = 1 << 30,
     source: str = "fp16",
     chunk_tokens: int = 512,
 ) -> AbstractContextManager[Pair]:
@@ -192,7 +193,7 @@ def start_pair(
         OPEN,
         source=source,
         chunk_tokens=chunk_tokens,
-        prefix_bytes=(1 << 30) * share_prefixes,
+        prefix_bytes=prefix_bytes * share_prefixes,
         link_gbps=link_gbps,
         options=OPTIONS,
     )

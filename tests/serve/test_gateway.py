@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -230,7 +231,15 @@ def test_health_and_metrics(client: openai.OpenAI, service: Service) -> None:
     assert sum(v for k, v in values.items() if k.startswith("homkv_page_blocks{")) == sum(
         engine.num_blocks for decode in service.decodes for engine in decode.engines.values()
     )
-    assert sum(k.startswith("homkv_leases_expired_total{") for k in values) == 4
+    names = ("leases_expired_total", "digest_mismatches_total", "leases_open", "page_blocks_free", "prefix_pages_found")
+    times = ("instance_busy_seconds_total", "instance_up_seconds_total")
+    counts = {name: sum(k.startswith(f"homkv_{name}{{") for k in values) for name in names + times}
+    assert counts == dict.fromkeys(names + times, 4) | {"leases_open": 2, "page_blocks_free": 2}
+    assert values["homkv_compression_ratio_count"] == values['homkv_busy_seconds_count{work="send"}'] > 0
+    assert max(v for k, v in values.items() if k.startswith("homkv_link_bytes_per_second{")) > 1000
+    if Path("/proc/self/fd").exists():
+        assert values["process_resident_memory_bytes"] > 1 << 20
+        assert values["process_open_fds"] > 3
     assert sum(v for k, v in values.items() if k.startswith("homkv_prefix_pages_asked{")) > 0
 
 

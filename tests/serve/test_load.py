@@ -8,7 +8,8 @@ import pytest
 from gateway_cases import serving
 
 from homkv import cli
-from homkv.bench.load import Load, LoadOptions, LoadResult, Stream
+from homkv.bench.arrivals import LoadOptions
+from homkv.bench.load import Load, LoadResult, Stream
 from homkv.errors import ShapeError, TransferError
 from homkv.models import LoadedModel
 
@@ -21,7 +22,8 @@ def test_a_closed_loop_and_random_arrivals_are_measured(loaded: LoadedModel) -> 
         assert {s.num_prompt_tokens for s in closed.done} == {60}
         assert all(0 < s.ttft_s < s.e2el_s for s in closed.done)
         assert closed.tokens_per_s == pytest.approx(96 / closed.wall_s)
-        assert set(closed.before) == set(closed.after) != set()
+        before, after = closed.samples
+        assert set(before.values) == set(after.values) > {"gateway open_fds"}
         poisson = Load(LoadOptions(service.url, num_requests=10, rate=20.0, max_tokens=4, shared_words=30)).run()
         assert len(poisson.done) == 10
         service.assert_free()
@@ -41,6 +43,38 @@ def test_errors_are_counted(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
         rows = [json.loads(line) for line in record.read_text().splitlines()]
         assert [row["num_done"] for row in rows] == [2, 0]
         assert "api_key" not in rows[0]["options"]
+
+
+def test_a_trace_is_replayed_while_the_service_is_watched(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, record = tmp_path / "trace.jsonl", tmp_path / "load.jsonl"
+    rows = [{"arrival_s": 0.1 * i, "prompt_tokens": 40 + i, "output_tokens": 3 + i % 2} for i in range(12)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["homkv", "bench", "serve", "--trace", str(trace), "--sample-s", "0.4", "--json", str(record)]
+    with serving(loaded) as service:
+        monkeypatch.setattr(sys, "argv", [*command, "--url", service.url, "--plots", str(tmp_path / "plots")])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 0
+        said = [json.loads(line) for line in record.read_text().splitlines()]
+        *samples, result = said
+        assert {row["kind"] for row in samples} == {"serve-sample"}
+        assert len(samples) >= 4
+        assert samples[-1]["values"]["streams_done"] == 12
+        assert samples[-1]["values"]["gateway requests_accepted"] == 0
+        assert result["kind"] == "serve-load"
+        assert (result["num_done"], result["new_tokens"]) == (12, 6 * 3 + 6 * 4)
+        assert result["prompt_tokens"] == sum(row["prompt_tokens"] for row in rows)
+        assert (result["options"]["trace"], result["left_behind"], result["growth"]) == ("trace.jsonl", {}, [])
+        assert 1.1 <= result["wall_s"] < 30
+        assert (tmp_path / "plots" / "serve-soak.svg").exists()
+        trace.write_text(trace.read_text() + '{"arrival_s": 0.0, "prompt_tokens": 1, "output_tokens": 0}\n')
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        assert "line 13: expected a whole number of tokens" in " ".join(capsys.readouterr().err.split())
+        service.assert_free()
 
 
 def test_percentiles() -> None:

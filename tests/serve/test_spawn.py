@@ -62,6 +62,7 @@ def test_the_life_of_a_pair(folder: Path, undisturbed: list[int]) -> None:
             check_keys(pair.folder)
             with client(pair) as made:
                 check_answer(made, undisturbed)
+                check_arenas(pair.processes["prefill-0"].pid)
                 kill = pair.processes["prefill-0"].kill
                 made.generate(Query(IDS, "balanced", 4), on_layer=lambda layer: kill(), timeout_s=20)
 
@@ -79,6 +80,11 @@ def check_keys(folder: Path) -> None:
     keys = sorted(folder.glob("*.key"))
     assert [key.name for key in keys] == ["decode-0.key", "prefill-0.key"]  # the client's never touches the disk
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+
+
+def check_arenas(pid: int) -> None:
+    environ = Path(f"/proc/{pid}/environ")
+    assert not environ.exists() or b"MALLOC_ARENA_MAX=2" in environ.read_bytes().split(b"\0")
 
 
 def check_answer(made: Client, expected: list[int]) -> None:

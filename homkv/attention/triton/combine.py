@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import NEVER, hadamard
-from homkv.attention.triton.schedule import find_splits
+from homkv.attention.triton.schedule import count_pages, count_tiles, find_splits, of_sequence
 
 
 @triton.jit
@@ -18,20 +18,25 @@ def load_rows(O, at, live, channel, inside, D: tl.constexpr):
 def combine_kernel(
     O, Lse, PartO, PartM, PartL, NumPages, batch, max_items, ExactO, ExactM, ExactL, ExactLen, exact_tokens,
     V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, EXACT_TILE: tl.constexpr,
-    EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    EXACT_TILES: tl.constexpr, SPLITS: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr,
+    PDL: tl.constexpr, ROTATE: tl.constexpr = False,
 ):  # fmt: skip
-    """Merge the partial outputs of one query row and one run of channels, and rotate the pages' part back.
+    """Merge the partial outputs of one query row and one run of channels.
 
     Grid (batch * HEADS * ROWS, len(V)). Rows of O and Lse: ``[batch, HEADS, ROWS]``. ``V``: runs of channels
-    ``(start, width, stored)`` that cover the head; those not stored have exact tokens only.
+    ``(start, width, stored)`` that cover the head; those not stored have exact tokens only. ROTATE: runs are blocks in
+    which the pages' part is still to be rotated back.
     """
     row = tl.program_id(0) % ROWS
     head = tl.program_id(0) // ROWS % HEADS
     b = tl.program_id(0) // (ROWS * HEADS)
-    tiles = tl.cdiv(tl.minimum(tl.load(ExactLen + b), exact_tokens), EXACT_TILE)
-    item, count = find_splits(b, NumPages, batch, max_items, STEP, BATCH_BLOCK)
+    all_tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)
+    units = all_tiles + tl.cdiv(count_pages(NumPages, batch, BATCH_BLOCK), PAGES)
+    item, count = find_splits(b, units, batch, max_items, STEP, BATCH_BLOCK)
+    tiles = of_sequence(all_tiles, b, BATCH_BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     e = tl.arange(0, EXACT_TILES)
     exact_at = ((b * HEADS + head) * EXACT_TILES + e) * ROWS + row
     exact_m = tl.load(ExactM + exact_at, mask=e < tiles, other=NEVER)
@@ -40,7 +45,7 @@ def combine_kernel(
         if tl.program_id(1) == c:
             total, top = combine_run(
                 O, PartO, PartM, PartL, ExactO, exact_at, exact_m, exact_l, e < tiles, item, count, head, row, V, c, D,
-                ROWS, HEADS, SPLITS,
+                ROWS, HEADS, SPLITS, ROTATE,
             )  # fmt: skip
             if c == 0:
                 lse = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, -float("inf"))
@@ -51,6 +56,7 @@ def combine_kernel(
 def combine_run(
     O, PartO, PartM, PartL, ExactO, exact_at, exact_m, exact_l, exact_live, item, count, head, row, V: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Output of one run of channels; returns the denominator and the maximum it is relative to."""
     WIDTH: tl.constexpr = V[C][1]
@@ -77,7 +83,9 @@ def combine_run(
         exact = exact * decay
         pages = pages * decay + tl.sum(part * share[:, None], 0)
         top = new
-    if V[C][2]:
+    if not ROTATE:
+        exact += pages
+    elif V[C][2]:
         exact += hadamard(pages[None, :], 1, PADDED, WIDTH & -WIDTH).reshape([PADDED])
     out = exact * tl.where(total > 0, 1.0 / total, 0.0)
     tl.store(O + tl.program_id(0).to(tl.int64) * D + channel, out, mask=c < WIDTH)

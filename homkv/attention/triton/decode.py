@@ -1,4 +1,4 @@
-"""Decode attention on rows pages: exact tokens, the pages' splits in one wave of programs, one merge."""
+"""Decode attention on rows pages: exact tokens and pages in one wave of programs, then one merge."""
 
 import functools
 from dataclasses import dataclass
@@ -12,17 +12,16 @@ from homkv.attention.triton.checks import check_attend
 from homkv.attention.triton.combine import combine_kernel
 from homkv.attention.triton.decode_pages import decode_kernel
 from homkv.attention.triton.lanes import LOG2E
-from homkv.attention.triton.prepare import exact_tokens_kernel
 from homkv.attention.triton.runtime import has_dependent_launch, num_processors
 from homkv.attention.view import LayerView
 from homkv.formats.rows import RowsCodec
 from homkv.spec import ChannelClass, PageLayout
 
-MIN_PAGES = 4  # of a split, and the step of its size: fewer would cost more to merge than to read
-EXACT_TILE = 32  # exact tokens that one program attends to
-PREPARE_WARPS = 2
-COMBINE_SPLITS = 64  # partial outputs that are merged at a time
-COMBINE_WARPS = 4
+MIN_UNITS = 1  # of a split: the time of few pages counts more than that of merging a few splits more
+EXACT_TILE = 32  # exact tokens that are attended to at a time
+MERGED_SPLITS = 256  # at most, of partial outputs that are merged at a time
+WHOLE = 32  # channels that are worth a program of the merge
+MERGED_NUMBERS = 4096  # of a warp of the merge: registers for its loads in flight
 
 
 def wave(rows: int) -> tuple[int, int | None]:
@@ -41,28 +40,29 @@ class Plan:
     heads: int
     rows: int  # query rows per kv head
     max_items: int  # splits of all sequences together
-    shape: dict[str, Any]  # constants that several kernels share
-    exact: dict[str, Any]  # of the exact tokens' tiles; their number is a power of two
-    splits: dict[str, Any]  # of the division into splits
+    head_dim: int
+    pdl: bool
+    splits: dict[str, Any]  # constants of the division into splits and of the partial outputs
 
     @classmethod
     def of(cls, q: Tensor, view: LayerView, codec: RowsCodec, programs: int | None) -> "Plan":
         """Lay a checked call out."""
-        batch, heads, dim = q.shape[0], view.pool.shape[1], codec.head_dim
+        batch, heads = q.shape[0], view.pool.shape[1]
         rows = q.shape[1] // heads * q.shape[2]
         programs = programs or wave(rows)[0]
-        shape = {"D": dim, "ROWS": rows, "HEADS": heads, "PDL": has_dependent_launch(q.device)}
-        tiles = triton.next_power_of_2(max(triton.cdiv(view.exact_k.shape[2], EXACT_TILE), 1))
-        return cls(
-            batch, heads, rows, max(batch, programs * num_processors(q.device) // heads), shape,
-            {"EXACT_TILE": EXACT_TILE, "EXACT_TILES": tiles},
-            {"STEP": MIN_PAGES, "BATCH_BLOCK": max(triton.next_power_of_2(batch), 32)},
-        )  # fmt: skip
+        splits = {
+            "D": codec.head_dim, "ROWS": rows, "HEADS": heads, "EXACT_TILE": EXACT_TILE,
+            "EXACT_TILES": triton.next_power_of_2(max(triton.cdiv(view.exact_k.shape[2], EXACT_TILE), 1)),
+            "PAGES": 2 if rows <= 4 else 1, "STEP": MIN_UNITS,
+            "BATCH_BLOCK": max(triton.next_power_of_2(batch), 32),
+        }  # fmt: skip
+        max_items = max(batch, programs * num_processors(q.device) // heads)
+        return cls(batch, heads, rows, max_items, codec.head_dim, has_dependent_launch(q.device), splits)
 
     def partials(self, device: torch.device, *lead: int) -> tuple[Tensor, Tensor, Tensor]:
         """Partial outputs ``[*lead, rows, D]``, maxima and denominators ``[*lead, rows]``."""
         return (
-            torch.empty(*lead, self.rows, self.shape["D"], dtype=torch.float32, device=device),
+            torch.empty(*lead, self.rows, self.head_dim, dtype=torch.float32, device=device),
             torch.empty(*lead, self.rows, dtype=torch.float32, device=device),
             torch.empty(*lead, self.rows, dtype=torch.float32, device=device),
         )
@@ -79,45 +79,45 @@ def attend_rows(
     q = q if q.stride(-1) == 1 else q.contiguous()
     plan, device = Plan.of(q, view, codec, programs), q.device
     partial = plan.partials(device, plan.max_items, plan.heads)
-    exact = plan.partials(device, plan.batch, plan.heads, plan.exact["EXACT_TILES"])
-    scale_log2, pdl = softmax_scale * LOG2E.value, plan.shape["PDL"]
-    # The pages' programs do not wait for the exact tokens' ones: they run side by side, and the merge waits for both.
-    exact_tokens_kernel[(plan.batch, plan.heads, plan.exact["EXACT_TILES"])](
-        q, view.exact_k, view.exact_v, view.exact_len, view.slots, *exact, view.exact_k.shape[2],
-        view.exact_k.shape[0], *q.stride()[:3], scale_log2, **plan.shape, **plan.exact,
-        DP=triton.next_power_of_2(codec.head_dim), N=8 if plan.rows <= 8 else 16, Q_LEN=q.shape[2],
-        num_warps=PREPARE_WARPS, launch_pdl=pdl,
-    )  # fmt: skip
-    launch_pages(q, view, codec, scale_log2, plan, partial)
+    exact = plan.partials(device, plan.batch, plan.heads, plan.splits["EXACT_TILES"])
+    launch_splits(q, view, codec, softmax_scale * LOG2E.value, plan, partial, exact)
     o = torch.empty(q.shape, dtype=torch.float32, device=device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
-    channels = runs(codec.layout)
+    channels = runs(codec.layout, whole_blocks=False)
     combine_kernel[(plan.batch * plan.heads * plan.rows, len(channels))](
         o, lse, *partial, view.num_pages, plan.batch, plan.max_items, *exact, view.exact_len, view.exact_k.shape[2],
-        V=channels, **plan.shape, **plan.exact, **plan.splits, SPLITS=COMBINE_SPLITS, num_warps=COMBINE_WARPS,
-        launch_pdl=pdl,
+        V=channels, **plan.splits, **merging(plan.max_items, plan.batch, channels), PDL=plan.pdl, launch_pdl=plan.pdl,
     )  # fmt: skip
     return o, lse
 
 
-def launch_pages(
+def launch_splits(
     q: Tensor,
     view: LayerView,
     codec: RowsCodec,
     scale_log2: float,
     plan: Plan,
     partial: tuple[Tensor, Tensor, Tensor],
+    exact: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """The pages' part of a call."""
-    layout = codec.layout
+    """The partial outputs of a call."""
+    layout, exact_k = codec.layout, view.exact_k
     decode_kernel[(plan.max_items, plan.heads)](
         q, order_on_device(codec.order, q.device), *q.stride()[:3], scale_log2, view.pool.view(torch.int8),
-        view.page_table, view.num_pages, *partial, plan.batch, plan.max_items, view.page_table.shape[1],
-        view.pool.shape[0], **plan.shape, **plan.splits, K=classes(layout.k_classes), V=classes(layout.v_classes),
-        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, DP=triton.next_power_of_2(codec.head_dim),
-        Q_LEN=q.shape[2], SPLIT=q.dtype == torch.float32, num_warps=1, num_stages=1,
-        maxnreg=wave(plan.rows)[1], launch_pdl=plan.shape["PDL"],
+        view.page_table, view.num_pages, *partial, exact_k, view.exact_v, view.exact_len, view.slots, *exact,
+        plan.batch, plan.max_items, view.page_table.shape[1], view.pool.shape[0], exact_k.shape[2], exact_k.shape[0],
+        **plan.splits, K=classes(layout.k_classes), V=classes(layout.v_classes), CENTRE=layout.centre_offset,
+        PAGE_BYTES=layout.page_bytes, DP=triton.next_power_of_2(codec.head_dim), Q_LEN=q.shape[2],
+        SPLIT=q.dtype == torch.float32, PDL=plan.pdl, num_warps=1, num_stages=1, maxnreg=wave(plan.rows)[1],
+        launch_pdl=plan.pdl,
     )  # fmt: skip
+
+
+def merging(max_items: int, batch: int, channels: tuple[tuple[int, int, bool], ...]) -> dict[str, int]:
+    """How many partial outputs a program of the merge takes at a time, all if sequences are equal, and its warps."""
+    splits = min(max(triton.next_power_of_2(triton.cdiv(max_items, batch)), 16), MERGED_SPLITS)
+    width = triton.next_power_of_2(max(run[1] for run in channels))
+    return {"SPLITS": splits, "num_warps": min(max(splits * width // MERGED_NUMBERS, 1), 16)}
 
 
 def classes(of: tuple[ChannelClass, ...]) -> tuple[tuple[int, ...], ...]:
@@ -125,13 +125,20 @@ def classes(of: tuple[ChannelClass, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple((c.start, c.width, c.bits, c.codes_offset, c.scales_offset) for c in of)
 
 
-def runs(layout: PageLayout) -> tuple[tuple[int, int, bool], ...]:
-    """Values' channels in runs ``(start, width, stored)`` that cover the head: classes and what lies between them."""
+def runs(layout: PageLayout, *, whole_blocks: bool) -> tuple[tuple[int, int, bool], ...]:
+    """Values' channels in runs ``(start, width, stored)`` that cover the head: classes and what lies between them.
+
+    A class is cut into runs of WHOLE channels, or, with ``whole_blocks``, into the blocks that its rotation works on;
+    where that would leave shorter runs, it is one.
+    """
     out, at = [], 0
     for cls in layout.v_classes:
         if cls.start > at:
             out.append((at, cls.start - at, False))
-        out.append((cls.start, cls.width, True))
+        block = cls.width & -cls.width
+        width = block if whole_blocks else WHOLE
+        width = width if width >= WHOLE and cls.width % width == 0 else cls.width
+        out += [(start, width, True) for start in range(cls.start, cls.stop, width)]
         at = cls.stop
     if at < layout.head_dim:
         out.append((at, layout.head_dim - at, False))

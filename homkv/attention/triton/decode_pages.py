@@ -1,11 +1,19 @@
-"""The pages' part of a decode call: split-KV, one warp per program, two pages at a time for few query rows."""
+"""Partial outputs of a decode call: split-KV, one warp per program, two pages at a time for few query rows."""
 
 import triton
 import triton.language as tl
 
+from homkv.attention.triton.exact_tile import store_tiles
 from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal
-from homkv.attention.triton.schedule import find_split, split_range
-from homkv.attention.triton.warp import across, lane_parts, max_over_rows, sum_over_rows, transpose_bytes
+from homkv.attention.triton.schedule import count_pages, count_tiles, find_split, of_sequence, split_range
+from homkv.attention.triton.warp import (
+    across,
+    lane_parts,
+    max_over_rows,
+    store_number,
+    sum_over_rows,
+    transpose_bytes,
+)
 from homkv.attention.triton.warp_page import (
     centre_products,
     count_blocks,
@@ -18,7 +26,7 @@ from homkv.attention.triton.warp_page import (
     two_scales,
     value_step,
 )
-from homkv.attention.triton.warp_queries import load_queries
+from homkv.attention.triton.warp_queries import gather_queries, load_order, prepare_queries
 
 LOG2_255 = tl.constexpr(7.994353436858858)
 DEAD = tl.constexpr(4 * NEVER.value)  # bias of a page that is not there: below the maximum of no page
@@ -195,6 +203,40 @@ def empty_state(BLOCKS: tl.constexpr):
     return o, (zero + NEVER, zero + NEVER), (zero, zero)
 
 
+@triton.constexpr_function
+def register_bit(level):
+    """What the index of a register differs by between partners of a butterfly; see rotate_back."""
+    return 2 << level if level < 2 else 8 << (level - 5)
+
+
+@triton.constexpr_function
+def block_of(width):
+    """Channels that are rotated together."""
+    return width & -width
+
+
+@triton.jit
+def rotate_back(x, g, BLOCK: tl.constexpr):
+    """Hadamard transform, not normalized, of blocks of channels ``32 i + 4 g + 2 a + b``.
+
+    Registers are in order (i, a, b, column).
+    """
+    for level in tl.static_range(BLOCK.bit_length() - 1):
+        new = ()
+        if level >= 2 and level < 5:
+            sign = 1.0 - 2.0 * ((g >> (level - 2)) & 1).to(tl.float32)
+            for i in tl.static_range(len(x)):
+                new = new + (x[i] * sign + across(x[i], 1 << level),)
+        else:
+            for i in tl.static_range(len(x)):
+                if i & register_bit(level):
+                    new = new + (x[i - register_bit(level)] - x[i],)
+                else:
+                    new = new + (x[i] + x[i + register_bit(level)],)
+        x = new
+    return x
+
+
 @triton.jit
 def store_partial(
     PartO, PartM, PartL, state, at, row, g, ROWS: tl.constexpr, V: tl.constexpr, D: tl.constexpr, PAGES: tl.constexpr
@@ -210,68 +252,93 @@ def store_partial(
         if PAGES == 2:
             total += across(total, 2)
         own = (row + e < ROWS) & (g == 0)
-        tl.store(PartM + at + row + e, top[e], mask=own)
-        tl.store(PartL + at + row + e, total, mask=own)
+        store_number(PartM + at + row + e, top[e], own)
+        store_number(PartL + at + row + e, total, own)
     for c in tl.static_range(len(V)):
+        x = ()
         for i in tl.static_range((V[c][1] + 31) // 32):
             for r in tl.static_range(8):
-                channel = 32 * i + 4 * g + r // 4 * 2 + r // 2 % 2
-                x = o[count_blocks(V, c) + i][r] * share[r % 2]
+                y = o[count_blocks(V, c) + i][r] * (share[r % 2] * block_of(V[c][1]) ** -0.5)
                 if PAGES == 2:
-                    x += across(x, 2)
-                place = PartO + (at + row + r % 2) * D + (V[c][0] + channel)
-                tl.store(place, x, mask=(row + r % 2 < ROWS) & (channel < V[c][1]))
+                    y += across(y, 2)
+                x = x + (y,)
+        x = rotate_back(x, g, block_of(V[c][1]))
+        for i in tl.static_range(len(x)):
+            channel = i // 8 * 32 + 4 * g + i // 4 % 2 * 2 + i // 2 % 2
+            place = PartO + (at + row + i % 2) * D + (V[c][0] + channel)
+            store_number(place, x[i], (row + i % 2 < ROWS) & (channel < V[c][1]))
 
 
 # Sizes that differ from call to call must not compile a kernel each.
-SIZES = ["stride_b", "stride_h", "stride_t", "batch", "max_items", "max_pages", "num_blocks"]
+STRIDES = ["stride_b", "stride_h", "stride_t"]
+SIZES = ["batch", "max_items", "max_pages", "num_blocks", "exact_tokens", "num_slots"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=STRIDES + SIZES)
 def decode_kernel(
-    Q, Order, stride_b, stride_h, stride_t, scale_log2, Pool, PageTable, NumPages, PartO, PartM, PartL, batch,
-    max_items, max_pages, num_blocks,
+    Q, Order, stride_b, stride_h, stride_t, scale_log2, Pool, PageTable, NumPages, PartO, PartM, PartL, ExactK, ExactV,
+    ExactLen, Slots, ExactO, ExactM, ExactL, batch, max_items, max_pages, num_blocks, exact_tokens, num_slots,
     K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    EXACT_TILE: tl.constexpr, EXACT_TILES: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr,
+    BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence and kv head: a partial output over its pages. Grid (max_items, HEADS).
+    """One split of one sequence and kv head: partial outputs of its exact tiles and pages. Grid (max_items, HEADS).
 
-    Up to 4 query rows: two pages a step; up to 8: one; up to 16: one, for two sets of columns. A page is asked for one
-    step ahead; its keys are loaded into registers at the end of the step before, the rest when its step begins.
+    PAGES: a unit's, two for up to 4 query rows, else one; more than 8 rows are two sets of columns. A page is asked for
+    one step ahead; its keys are loaded into registers at the end of the step before, the rest when its step begins.
     """
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, pages = find_split(item, NumPages, batch, max_items, STEP, BATCH_BLOCK)
+    g, q = lane_parts()
+    channels = load_order(Order, q, K, D, DP)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    counts = count_pages(NumPages, batch, BATCH_BLOCK)
+    all_tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)
+    units = all_tiles + tl.cdiv(counts, PAGES)
+    b, split, count = find_split(item, units, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
-    PAGES: tl.constexpr = 2 if ROWS <= 4 else 1
     SETS: tl.constexpr = (ROWS + 7) // 8
     STRIDE: tl.constexpr = HEADS * PAGE_BYTES
-    g, q = lane_parts()
     own = (q < 2) | (PAGES == 1)
     every = tl.full([32], -1, tl.int32)
     masks = (every,)
     if PAGES == 2:
         masks = (tl.where(g < 4, -1, 0), tl.where(g < 4, 0, -1))
 
-    first, stop = split_range(split, count, pages, PAGES)
+    tiles = of_sequence(all_tiles, b, BATCH_BLOCK)
+    first_unit, stop_unit = split_range(split, count, of_sequence(units, b, BATCH_BLOCK))
+    first = tl.maximum(first_unit - tiles, 0) * PAGES
+    stop = tl.minimum(tl.maximum(stop_unit - tiles, 0) * PAGES, of_sequence(counts, b, BATCH_BLOCK))
     last = tl.maximum(stop - 1, 0)
     table = PageTable + b.to(tl.int64) * max_pages
     pool = (Pool + head * PAGE_BYTES).to(tl.int64, bitcast=True) + tl.zeros([32], tl.int64)
-    now = find_pages(pool, table, first, last, num_blocks, PAGES, STRIDE)
-    following = find_pages(pool, table, first + PAGES, last, num_blocks, PAGES, STRIDE)
-    # Pages are on their way while the queries are made ready.
-    for p in tl.static_range(PAGES):
-        prefetch_page(now[p], PAGE_BYTES)
-    keys = load_all_keys(now, g, q, K)
-    queries = ()
-    states = ()
+    gathered = ()
     q_head = Q + b.to(tl.int64) * stride_b + head * (ROWS // Q_LEN) * stride_h
     for i in tl.static_range(SETS):
         n = i * 8 + (g % 4 if PAGES == 2 else g)
-        q_row = q_head + (n // Q_LEN * stride_h + n % Q_LEN * stride_t)
-        queries = queries + (load_queries(q_row, Order, n < ROWS, masks, q, scale_log2, K, D, DP, PAGES, SPLIT),)
+        row = tl.minimum(n, ROWS - 1)
+        q_row = q_head + (row // Q_LEN * stride_h + row % Q_LEN * stride_t)
+        gathered = gathered + (gather_queries(q_row, channels, n < ROWS, q, K, D, DP),)
+    now = find_pages(pool, table, first, last, num_blocks, PAGES, STRIDE)
+    following = find_pages(pool, table, first + PAGES, last, num_blocks, PAGES, STRIDE)
+    # Pages are on their way while exact tokens are attended to and the queries are made ready.
+    for p in tl.static_range(PAGES):
+        prefetch_page(now[p], PAGE_BYTES)
+    if first_unit < tiles:
+        slot = tl.minimum(tl.maximum(tl.load(Slots + b), 0), num_slots - 1)
+        length = tl.minimum(tl.load(ExactLen + b), exact_tokens)
+        store_tiles(
+            Q, ExactK, ExactV, length, slot, ExactO, ExactM, ExactL, first_unit, tl.minimum(stop_unit, tiles), b, head,
+            stride_b, stride_h, stride_t, exact_tokens, scale_log2, D, DP, ROWS, Q_LEN, HEADS, EXACT_TILE, EXACT_TILES,
+        )  # fmt: skip
+    keys = load_all_keys(now, g, q, K)
+    queries = ()
+    states = ()
+    for i in tl.static_range(SETS):
+        queries = queries + (prepare_queries(gathered[i], masks, q, scale_log2, K, DP, PAGES, SPLIT),)
         states = states + (empty_state(count_blocks(V, len(V))),)
 
     for at in tl.range(first, stop, PAGES, num_stages=1):
@@ -293,7 +360,6 @@ def decode_kernel(
         following = later
 
     if PDL:
-        tl.extra.cuda.gdc_wait()  # for the exact tokens, which the merge reads
         tl.extra.cuda.gdc_launch_dependents()
     at = (item * HEADS + head).to(tl.int64) * ROWS
     for i in tl.static_range(SETS):

@@ -22,8 +22,10 @@ from homkv.errors import DTypeError, FormatError, ShapeError
 from homkv.quant import quantize_keys, quantize_values, require_finite
 from homkv.spec import PAGE_TOKENS, ChannelClass, PageLayout
 
-CHANNELS_PER_THREAD = 64  # of a row: with the error of as many they fill a thread's registers
+CHANNELS_PER_THREAD = 32  # of a row: 64 are fewer instructions but 12 warps per multiprocessor, not 16; 5 % slower
 MAX_VALUE_LANES = 8
+THREADS = 32  # of a program
+MAX_REGISTERS = 128
 OVERLAP_LANES = 4  # with more of them a thread has the registers, and the need, to work on two tokens
 WARPS_PER_PROCESSOR = 4  # of values, below which rows are spread over more lanes: latency counts, not throughput
 
@@ -85,10 +87,11 @@ def default_config(layout: PageLayout, count: int, device: torch.device) -> Enco
     key_lanes, value_lanes = lanes_for(layout.k_classes, 4), lanes_for(layout.v_classes, channels)
     if is_interpreting():  # it pays per operation: few wide tensors
         return EncodeConfig(key_lanes, value_lanes, quarter & -quarter, overlap=False)
-    enough = WARPS_PER_PROCESSOR * num_processors(device) * 32
+    enough, spread = WARPS_PER_PROCESSOR * num_processors(device) * 32, value_lanes
     while value_lanes < min(MAX_VALUE_LANES, channels) and count * value_lanes * len(layout.v_classes) < enough:
         value_lanes *= 2
-    return EncodeConfig(key_lanes, value_lanes, channels, overlap=value_lanes > OVERLAP_LANES)
+    threads = THREADS if value_lanes == spread else 32
+    return EncodeConfig(key_lanes, value_lanes, channels, value_lanes > OVERLAP_LANES, threads, MAX_REGISTERS)
 
 
 def encode(

@@ -26,7 +26,7 @@ from homkv.attention.triton.hack_fragments import (
     weight_words,
 )
 from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, prefetch
-from homkv.attention.triton.schedule import find_split, split_range
+from homkv.attention.triton.schedule import count_pages, find_split, of_sequence, split_range
 
 
 @triton.jit
@@ -217,9 +217,11 @@ def decode_2026_kernel(
     CHUNK: tl.constexpr = chunk_width(SIZE)
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, num_pages = find_split(item, NumPages, batch, max_items, PAIR, BATCH_BLOCK)
+    counts = count_pages(NumPages, batch, BATCH_BLOCK)
+    b, split, count = find_split(item, counts, batch, max_items, PAIR, BATCH_BLOCK)
     if b >= batch:
         return
+    num_pages = of_sequence(counts, b, BATCH_BLOCK)
     if split == 0:
         tl.store(Items + b * 2, item)
         tl.store(Items + b * 2 + 1, count)

@@ -40,7 +40,7 @@ from homkv.attention.triton.hack_fragments import (
 from homkv.attention.triton.hack_prepare import TERMS, exact_kernel, prepare_kernel
 from homkv.attention.triton.lanes import LOG2E, MAGIC, MAGIC_BITS, NEVER, prefetch
 from homkv.attention.triton.runtime import has_dependent_launch, num_processors
-from homkv.attention.triton.schedule import find_split, split_range
+from homkv.attention.triton.schedule import count_pages, find_split, of_sequence, split_range
 from homkv.attention.view import LayerView
 from homkv.formats.hack import HackCodec
 from homkv.formats.hack2026 import Hack2026Codec
@@ -182,9 +182,11 @@ def decode_kernel(
     CHUNK: tl.constexpr = chunk_width(D)
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, pages = find_split(item, NumPages, batch, max_items, PAIR, BATCH_BLOCK)
+    counts = count_pages(NumPages, batch, BATCH_BLOCK)
+    b, split, count = find_split(item, counts, batch, max_items, PAIR, BATCH_BLOCK)
     if b >= batch:
         return
+    pages = of_sequence(counts, b, BATCH_BLOCK)
     if split == 0:
         tl.store(Items + b * 2, item)
         tl.store(Items + b * 2 + 1, count)

@@ -1,47 +1,66 @@
-"""Which program reads which pages: split-KV over sequences of unequal length, decided on the device."""
+"""Which program does what: split-KV over sequences of unequal length, decided on the device.
+
+A sequence's work is a row of units: exact tokens, a tile per unit, then pages, as many per unit as its kernel takes at
+a time. A split is a run of them.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def split_counts(NumPages, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr):
+def count_pages(NumPages, batch, BATCH_BLOCK: tl.constexpr):
+    """Pages of every sequence, ``[BATCH_BLOCK] int32``, 0 behind the batch."""
+    i = tl.arange(0, BATCH_BLOCK)
+    return tl.load(NumPages + i, mask=i < batch, other=0)
+
+
+@triton.jit
+def count_tiles(ExactLen, exact_tokens, batch, TILE: tl.constexpr, BATCH_BLOCK: tl.constexpr):
+    """Tiles of exact tokens of every sequence, ``[BATCH_BLOCK] int32``, 0 behind the batch."""
+    i = tl.arange(0, BATCH_BLOCK)
+    length = tl.minimum(tl.load(ExactLen + i, mask=i < batch, other=0), exact_tokens)
+    return tl.cdiv(tl.maximum(length, 0), TILE)
+
+
+@triton.jit
+def split_counts(units, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr):
     """Splits of every sequence, ``[BATCH_BLOCK] int32``, 0 behind the batch; their sum is at most ``max_items``.
 
-    A sequence of n pages gets ``ceil(n / c)`` splits, at least one; c pages each make the whole fit into one wave.
+    A sequence of n units gets ``ceil(n / c)`` splits, at least one; c units each make the whole fit into one wave.
     """
     i = tl.arange(0, BATCH_BLOCK)
-    pages = tl.load(NumPages + i, mask=i < batch, other=0)
     room = tl.maximum(max_items - batch, 1)
-    chunk = (tl.sum(pages, 0) + room - 1) // room
+    chunk = (tl.sum(units, 0) + room - 1) // room
     chunk = tl.where(max_items > batch, tl.maximum((chunk + STEP - 1) // STEP * STEP, STEP), 1 << 30)
-    return tl.where(i < batch, tl.maximum((pages + chunk - 1) // chunk, 1), 0), pages
+    return tl.where(i < batch, tl.maximum((units + chunk - 1) // chunk, 1), 0)
 
 
 @triton.jit
-def find_split(item, NumPages, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr):
-    """Sequence, split, number of splits and pages of work item ``item``; the sequence is ``batch`` if there is none."""
-    i = tl.arange(0, BATCH_BLOCK)
-    splits, pages = split_counts(NumPages, batch, max_items, STEP, BATCH_BLOCK)
+def of_sequence(values, b, BATCH_BLOCK: tl.constexpr):
+    """Entry b of ``values [BATCH_BLOCK]``; 0 if there is none."""
+    return tl.sum(tl.where(tl.arange(0, BATCH_BLOCK) == b, values, 0), 0)
+
+
+@triton.jit
+def find_split(item, units, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr):
+    """Sequence, split and number of splits of work item ``item``; the sequence is ``batch`` if there is none."""
+    splits = split_counts(units, batch, max_items, STEP, BATCH_BLOCK)
     ends = tl.cumsum(splits, 0)
-    b = tl.sum((ends <= item).to(tl.int32), 0)
-    here = i == b
-    count = tl.sum(tl.where(here, splits, 0), 0)
-    split = item - (tl.sum(tl.where(here, ends, 0), 0) - count)
-    b = tl.minimum(b, batch)
-    return b, split, count, tl.sum(tl.where(here, pages, 0), 0)
+    b = tl.minimum(tl.sum((ends <= item).to(tl.int32), 0), batch)
+    count = of_sequence(splits, b, BATCH_BLOCK)
+    return b, item - (of_sequence(ends, b, BATCH_BLOCK) - count), count
 
 
 @triton.jit
-def find_splits(b, NumPages, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr):
+def find_splits(b, units, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.constexpr):
     """First work item of sequence ``b`` and how many it has."""
-    i = tl.arange(0, BATCH_BLOCK)
-    splits, _ = split_counts(NumPages, batch, max_items, STEP, BATCH_BLOCK)
-    return tl.sum(tl.where(i < b, splits, 0), 0), tl.sum(tl.where(i == b, splits, 0), 0)
+    splits = split_counts(units, batch, max_items, STEP, BATCH_BLOCK)
+    before = tl.sum(tl.where(tl.arange(0, BATCH_BLOCK) < b, splits, 0), 0)
+    return before, of_sequence(splits, b, BATCH_BLOCK)
 
 
 @triton.jit
-def split_range(split, count, pages, UNIT: tl.constexpr = 1):
-    """First and last + 1 page of a split: equal shares in units of UNIT pages."""
-    units = (pages + UNIT - 1) // UNIT
-    return split * units // count * UNIT, tl.minimum((split + 1) * units // count * UNIT, pages)
+def split_range(split, count, units):
+    """First and last + 1 unit of a split: equal shares."""
+    return split * units // count, (split + 1) * units // count

@@ -72,6 +72,43 @@ def load_short(address, OFFSET: tl.constexpr):
         return tl.load((address + OFFSET).to(tl.pointer_type(tl.uint16), bitcast=True)).to(tl.int32)
 
 
+# Single numbers go through inline PTX, too: the compiler's search for layouts takes a second for every few of Triton's
+# own loads and stores.
+LOAD_16 = tl.constexpr("{.reg .b16 t; ld.global.nc.b16 t, [$1]; cvt.u32.u16 $0, t;}")
+LOAD_32 = tl.constexpr("ld.global.nc.b32 $0, [$1];")
+STORE_32 = tl.constexpr("{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0;}")
+
+
+@triton.jit
+def load_number(pointer):
+    """A float16, bfloat16 or float32 per lane as float32, from memory that nothing writes meanwhile."""
+    if USE_PTX:
+        DTYPE: tl.constexpr = pointer.dtype.element_ty
+        WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
+        asm: tl.constexpr = LOAD_32 if WIDE else LOAD_16
+        address = pointer.to(tl.int64, bitcast=True)
+        x = tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=True, pack=1)
+        if WIDE:
+            return x.to(tl.float32, bitcast=True)
+        else:
+            return x.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        return tl.load(pointer).to(tl.float32)
+
+
+@triton.jit
+def store_number(pointer, x, own):
+    """Store a float32 of every lane whose ``own`` is true."""
+    if USE_PTX:
+        address = pointer.to(tl.int64, bitcast=True)
+        tl.inline_asm_elementwise(
+            STORE_32, "=r,l,r,r", [address, x.to(tl.int32, bitcast=True), own.to(tl.int32)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(pointer, x, mask=own)
+
+
 _MMA = "mma.sync.aligned.%s {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
 MMA_S8 = tl.constexpr(_MMA % "m16n8k32.row.col.s32.s8.s8.s32")
 MMA_U8 = tl.constexpr(_MMA % "m16n8k32.row.col.s32.s8.u8.s32")

@@ -1,6 +1,7 @@
 """Queries of one kv head as a warp's right operands: slot order, Hadamard and int8; and float16 for the centre.
 
-The arithmetic is prepare.py's, operation by operation. Lane ``4 g + q`` holds column g: neighbours 4 q .. 4 q + 3 in
+Values are gathered some time before they are needed, ahead of the pages: behind the whole machine's first pages a load
+takes microseconds. Lane ``4 g + q`` holds column g: neighbours 4 q .. 4 q + 3 in
 both halves of every 32 slots of a class, or DP / 4 slots in a row for the centre.
 """
 
@@ -8,20 +9,45 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import MAGIC
-from homkv.attention.triton.warp import across, from_lane, load4, pack_bytes, pack_halves
+from homkv.attention.triton.warp import across, from_lane, load4, load_number, pack_bytes, pack_halves
 
 
 @triton.jit
-def gather_slots(q_row, Order, live, start, stop, COUNT: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr):
-    """Query values of slots ``start + STRIDE * i .. + 3`` below ``stop``, as float32; zero elsewhere."""
+def load_channels(order, start, COUNT: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr):
+    """Channels of slots ``start + STRIDE * i .. + 3``; behind slot LAST those of LAST."""
     out = ()
     for i in tl.static_range(COUNT):
-        slot = start + STRIDE * i
-        channel = load4(Order + tl.minimum(slot, LAST).to(tl.int64) * 4, 0)
-        for j in tl.static_range(4):
-            inside = live & (slot + j < stop)
-            out = out + (tl.load(q_row + channel[j], mask=inside, other=0.0).to(tl.float32),)
+        out = out + load4(order + tl.minimum(start + STRIDE * i, LAST).to(tl.int64) * 4, 0)
     return out
+
+
+@triton.jit
+def load_order(Order, q, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Channels that a lane takes: per class, and for the centre."""
+    order = Order.to(tl.int64, bitcast=True)
+    out = ()
+    for c in tl.static_range(len(K)):
+        out = out + (load_channels(order, K[c][0] + 4 * q, 2 * ((K[c][1] + 31) // 32), D - 4, 16),)
+    return out + (load_channels(order, q * (DP // 4), DP // 16, D - 4, 4),)
+
+
+@triton.jit
+def gather_slots(q_row, channels, live, start, stop, STRIDE: tl.constexpr):
+    """Query values of slots ``start + STRIDE * i .. + 3`` below ``stop`` as float32, zero elsewhere."""
+    out = ()
+    for i in tl.static_range(len(channels)):
+        inside = live & (start + (STRIDE * (i // 4) + i % 4) < stop)
+        out = out + (tl.where(inside, load_number(q_row + channels[i]), 0.0),)
+    return out
+
+
+@triton.jit
+def gather_queries(q_row, channels, live, q, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Query values of the lane's channels; ``q_row`` points at the lane's row, or where not ``live`` at another."""
+    out = ()
+    for c in tl.static_range(len(K)):
+        out = out + (gather_slots(q_row, channels[c], live, K[c][0] + 4 * q, K[c][0] + K[c][1], 16),)
+    return out + (gather_slots(q_row, channels[len(K)], live, q * (DP // 4), D, 4),)
 
 
 @triton.jit
@@ -63,10 +89,9 @@ def both_columns(x, q):
 
 
 @triton.jit
-def class_codes(q_row, Order, live, q, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+def class_codes(x, q, WIDTH: tl.constexpr):
     """``(steps, worth)``: right operands of a class and ``max |q| / 127`` of the lane's column."""
     STEPS: tl.constexpr = (WIDTH + 31) // 32
-    x = gather_slots(q_row, Order, live, START + 4 * q, START + WIDTH, 2 * STEPS, D - 4, 16)
     x = rotate_slots(x, q, WIDTH & -WIDTH)
     largest = largest_of(x)
     inverse = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
@@ -83,9 +108,8 @@ def class_codes(q_row, Order, live, q, START: tl.constexpr, WIDTH: tl.constexpr,
 
 
 @triton.jit
-def centre_operands(q_row, Order, live, q, D: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr):
+def centre_operands(x, DP: tl.constexpr, SPLIT: tl.constexpr):
     """``(terms, unit)``: one or two right operands and the power of two that is their unit."""
-    x = gather_slots(q_row, Order, live, q * (DP // 4), D, DP // 16, D - 4, 4)
     largest = largest_of(x)
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 30 << 23)
     scale = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
@@ -112,24 +136,22 @@ def mask_codes(steps, mask):
 
 
 @triton.jit
-def load_queries(
-    q_row, Order, live, masks, q, scale_log2, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
+def prepare_queries(
+    x, masks, q, scale_log2, K: tl.constexpr, DP: tl.constexpr, PAGES: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
-    """``(codes, unit, ratio, centre_unit, operands)`` of a set of eight columns; ``q_row`` points at the lane's.
+    """``(codes, unit, ratio, centre_unit, operands)`` of a set of eight columns, from what was gathered.
 
     ``codes``: for every page its right operands per class, columns of other pages zero. ``unit``, ``ratio``,
     ``centre_unit`` belong to the lane's columns 2 q and 2 q + 1: what a unit of the first class is worth in the score,
     base 2; how much more a class's is; what one of the centre's ``operands`` is.
     """
-    order = Order.to(tl.int64, bitcast=True)
     one = tl.full([32], 1.0, tl.float32)
     unit = (one, one)
     ratio = ()
     first = ()
     second = ()
     for c in tl.static_range(len(K)):
-        steps, worth = class_codes(q_row, order, live, q, K[c][0], K[c][1], D)
+        steps, worth = class_codes(x[c], q, K[c][1])
         worth = both_columns(worth * scale_log2, q)
         if c == 0:
             unit = (tl.where(worth[0] > 0, worth[0], 1.0), tl.where(worth[1] > 0, worth[1], 1.0))
@@ -140,5 +162,5 @@ def load_queries(
     codes = (first,)
     if PAGES == 2:
         codes = (first, second)
-    operands, exponent = centre_operands(q_row, order, live, q, D, DP, SPLIT)
+    operands, exponent = centre_operands(x[len(K)], DP, SPLIT)
     return codes, unit, ratio, both_columns(exponent * scale_log2, q), operands

@@ -17,19 +17,16 @@ from torch import Tensor
 from homkv.attention.triton.checks import check_attend
 from homkv.attention.triton.combine import combine_kernel
 from homkv.attention.triton.decode import (
-    COMBINE_SPLITS,
-    COMBINE_WARPS,
     EXACT_TILE,
-    MIN_PAGES,
-    PREPARE_WARPS,
     classes,
+    merging,
     order_on_device,
     runs,
 )
+from homkv.attention.triton.exact_tile import exact_tile, query_rows
 from homkv.attention.triton.lanes import LOG2E, NEVER, fast_log2, fast_reciprocal, hadamard, prefetch
-from homkv.attention.triton.prepare import exact_tile, query_rows
 from homkv.attention.triton.runtime import has_dependent_launch, num_processors
-from homkv.attention.triton.schedule import find_split, split_range
+from homkv.attention.triton.schedule import count_pages, count_tiles, find_split, of_sequence, split_range
 from homkv.attention.triton.warp_page import count_blocks
 from homkv.attention.view import LayerView
 from homkv.bench.peers.dequant_centre import (
@@ -56,6 +53,9 @@ from homkv.errors import DTypeError, UnsupportedError
 from homkv.formats.rows import RowsCodec
 
 MARGIN = tl.constexpr(14.0)  # log2 of the largest float16 weight: tokens far below it keep their precision
+
+MIN_PAGES = 4  # of a split
+PREPARE_WARPS = 2
 
 
 @triton.jit
@@ -186,24 +186,26 @@ def dequant_prepare_kernel(
             tl.store(ExactO + row[None, :] * D + d[:, None], o, mask=own[None, :] & (d < D)[:, None])
 
 
-SIZES = ["batch", "max_items", "max_pages", "num_blocks"]
+SIZES = ["batch", "max_items", "max_pages", "num_blocks", "exact_tokens"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def dequant_kernel(
-    Operands, Units, Centre, Pool, PageTable, NumPages, PartO, PartM, PartSum, batch, max_items, max_pages,
-    num_blocks,
+    Operands, Units, Centre, Pool, PageTable, NumPages, ExactLen, PartO, PartM, PartSum, batch, max_items, max_pages,
+    num_blocks, exact_tokens,
     K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
-    BATCH_BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    EXACT_TILE: tl.constexpr, BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence and kv head: a partial output over its pages. Grid (max_items, HEADS)."""
     item = tl.program_id(0)
     head = tl.program_id(1)
-    b, split, count, pages = find_split(item, NumPages, batch, max_items, STEP, BATCH_BLOCK)
+    counts = count_pages(NumPages, batch, BATCH_BLOCK)
+    tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)  # counted by the merge, too
+    b, split, count = find_split(item, tiles + counts, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
+    pages = of_sequence(counts, b, BATCH_BLOCK)
     n = tl.arange(0, N)
     own = n < ROWS
     first, stop = split_range(split, count, pages)
@@ -305,16 +307,16 @@ def attend(
         EXACT_TILE=EXACT_TILE, EXACT_TILES=tiles, PDL=pdl, num_warps=PREPARE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
     dequant_kernel[(work.max_items, heads)](
-        *work.query, view.pool.view(torch.int8), view.page_table, view.num_pages, *work.partial, batch,
-        work.max_items, view.page_table.shape[1], view.pool.shape[0], **shape, V=classes(layout.v_classes),
-        CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes, **splits, PDL=pdl, num_warps=1, num_stages=1,
-        maxnreg=config.max_registers, launch_pdl=pdl,
+        *work.query, view.pool.view(torch.int8), view.page_table, view.num_pages, view.exact_len, *work.partial, batch,
+        work.max_items, view.page_table.shape[1], view.pool.shape[0], exact_tokens, **shape,
+        V=classes(layout.v_classes), EXACT_TILE=EXACT_TILE, CENTRE=layout.centre_offset, PAGE_BYTES=layout.page_bytes,
+        **splits, PDL=pdl, num_warps=1, num_stages=1, maxnreg=config.max_registers, launch_pdl=pdl,
     )  # fmt: skip
-    o = torch.empty(q.shape, device=device)
-    combine_kernel[(batch * heads * rows, len(runs(layout)))](
+    o, channels = torch.empty(q.shape, device=device), runs(layout, whole_blocks=True)
+    combine_kernel[(batch * heads * rows, len(channels))](
         o, torch.empty(q.shape[:3], device=device), *work.partial, view.num_pages, batch, work.max_items, *work.exact,
-        view.exact_len, exact_tokens, V=runs(layout), D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE,
-        EXACT_TILES=tiles, **splits, SPLITS=COMBINE_SPLITS, PDL=pdl, num_warps=COMBINE_WARPS,
+        view.exact_len, exact_tokens, V=channels, D=dim, ROWS=rows, HEADS=heads, EXACT_TILE=EXACT_TILE,
+        EXACT_TILES=tiles, PAGES=1, ROTATE=True, **splits, **merging(work.max_items, batch, channels), PDL=pdl,
         launch_pdl=pdl,
     )  # fmt: skip
     return o

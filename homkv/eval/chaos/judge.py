@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from homkv.eval.chaos.service import KV_CACHE_DTYPE, Cell, PromptKey
-from homkv.models import LoadedModel
+from homkv.eval.chaos.service import KV_CACHE_DTYPE, Cell
 from homkv.serve.dispatch import Dispatcher
-from homkv.serve.messages import Progress, Token
+from homkv.serve.messages import Evidence, Progress, Token
 from homkv.serve.query import Ended, Query
 from homkv.testing.models import random_ids
 
 NUM_NEW = 6
+WRONG = ("KV bytes", "attention", "logits", "tokens")  # what an answer is compared by, from the finest
 # Of the largest logit. Batches of another size round otherwise, and a code of a page sealed meanwhile may flip: up to
 # 2.0e-2 was seen without any fault. What is finer than this is seen in the KV bytes, which are compared exactly.
 LOGIT_ERROR = 5e-2
@@ -27,6 +27,7 @@ class Told:
     index: int
     token: int
     logits: NDArray[np.float32] | None  # [V]; None for the first one of an attempt
+    evidence: Evidence | None  # of the prompt's KV, with the first one
     attempt: int
 
 
@@ -39,6 +40,7 @@ def make_query(seed: int, num_tokens: int, start: int = 0, kv_cache_dtype: str =
         NUM_NEW - start,
         forced_ids=forced[start:],
         return_logits=True,
+        return_evidence=True,
         report_progress=True,
     )
 
@@ -67,7 +69,7 @@ class Watched:
                 logits = None if event.logits is None else np.frombuffer(event.logits, np.float32)
                 record = self._dispatcher.records.get(self.request_id)
                 attempt = record.num_attempts if record is not None else 1
-                self.told.append(Told(event.index, event.choice.token, logits, attempt))
+                self.told.append(Told(event.index, event.choice.token, logits, event.evidence, attempt))
             else:
                 self.num_layers += 1
             self.changed.notify_all()
@@ -85,17 +87,11 @@ class Watched:
 
 @dataclass
 class References:
-    """Answers and KV digests without faults, from a service of its own, made when they are asked for. Any thread."""
+    """Answers without faults, from a service of their own, made when they are asked for. Any thread."""
 
     cell: Cell
     _answers: dict[tuple[int, int, int], list[Told]] = field(default_factory=dict)
-    _digests: dict[PromptKey, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @classmethod
-    def of(cls, loaded: LoadedModel) -> "References":
-        """Start the service."""
-        return cls(Cell(loaded, link_gbps=None))
 
     def answer(self, seed: int, num_tokens: int, start: int = 0) -> list[Told]:
         """What :func:`make_query` of these arguments is told. Raises AssertionError if that fails without a fault."""
@@ -103,20 +99,14 @@ class References:
             key = (seed, num_tokens, start)
             if key not in self._answers:
                 watched = Watched(self.cell.dispatcher, make_query(*key))
-                assert watched.wait(60.0), "expected an answer without faults, found none"
+                assert watched.wait(10 * self.cell.subject.request_timeout_s), "expected an answer, found none"
                 assert watched.state == "done", watched.ends[0].error
                 self._answers[key] = watched.told
-                self._digests.update(self.cell.digests.seen)
             return self._answers[key]
-
-    def is_right(self, key: PromptKey, digest: str) -> bool:
-        """Whether KV is that of the fault-free run, or of a prompt that was never asked for there."""
-        with self._lock:
-            return self._digests.get(key, digest) == digest
 
 
 def broken_promises(watched: Watched, references: References, seed: int, num_tokens: int) -> list[str]:
-    """Names of the invariants that a request broke."""
+    """Names of the invariants that a request broke: how it ended, and what it was told."""
     broken = []
     if len(watched.ends) != 1:
         broken.append("ends once" if watched.ends else "ends")
@@ -127,22 +117,38 @@ def broken_promises(watched: Watched, references: References, seed: int, num_tok
     if watched.state == "done" and len(watched.told) != NUM_NEW:
         broken.append("complete")
     if [told.index for told in watched.told] != list(range(len(watched.told))):
-        broken.append("tokens in order")
-    elif not _equals_references(watched, references, seed, num_tokens):
-        broken.append("right")
-    return broken
+        return [*broken, "tokens in order"]
+    return broken + sorted(_wrong(watched, references, seed, num_tokens))
 
 
-def _equals_references(watched: Watched, references: References, seed: int, num_tokens: int) -> bool:
+def _wrong(watched: Watched, references: References, seed: int, num_tokens: int) -> set[str]:
     """Each attempt against a fault-free run that begins where it began. Tokens of failed requests count as well."""
+    wrong: set[str] = set()
     start = attempt = 0
     for told in watched.told:
         if told.attempt != attempt:
             attempt, start = told.attempt, told.index
-        expected = references.answer(seed, num_tokens, start)[told.index - start]
-        if told.token != expected.token or not _close(told.logits, expected.logits):
-            return False
-    return True
+        wrong |= differences(told, references.answer(seed, num_tokens, start)[told.index - start])
+    return wrong
+
+
+def differences(found: Told, expected: Told) -> set[str]:
+    """What differs, by :data:`WRONG`: bytes and attention exactly, logits beyond :data:`LOGIT_ERROR`."""
+    ours, theirs = found.evidence, expected.evidence
+    if (ours is None) != (theirs is None):
+        return {"KV bytes"}
+    wrong = set()
+    if ours is not None and theirs is not None:
+        wrong = {n for n, a, b in zip(WRONG, _parts(ours), _parts(theirs), strict=False) if a != b}
+    if not _close(found.logits, expected.logits):
+        wrong.add("logits")
+    if found.token != expected.token:
+        wrong.add("tokens")
+    return wrong
+
+
+def _parts(evidence: Evidence) -> tuple[bytes, bytes]:
+    return evidence.kv, evidence.attention
 
 
 def _close(found: NDArray[np.float32] | None, expected: NDArray[np.float32] | None) -> bool:

@@ -1,209 +1,189 @@
-"""A small service in threads, with a faulty link in front of each instance."""
+"""A small service that faults are injected into: one prefill and one decode instance behind faulty links."""
 
-import copy
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Self
+import itertools
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, Self
 
 import msgspec
-import xxhash
-from torch import Tensor, uint8
 
 from homkv.errors import TransferError
-from homkv.models import LoadedModel
-from homkv.serve.decode import DecodeInstance
+from homkv.models import LoadedModel, load_model
 from homkv.serve.dispatch import Dispatcher
-from homkv.serve.engine import PagedEngine
 from homkv.serve.fleet import Address
 from homkv.serve.links import SERVING
-from homkv.serve.messages import Cancel, FromDecode, Reserve, Ticket
-from homkv.serve.prefill import PrefillInstance
+from homkv.serve.messages import AskStatus, Cancel, FromDecode, FromPrefill, Reserve, Status, Ticket
 from homkv.serve.query import DispatchOptions, Policy
 from homkv.testing.faults import Where
-from homkv.testing.models import random_ids
+from homkv.testing.models import random_ids, save_tiny_model, tiny_model
+from homkv.testing.names import PlainNames, SealedNames
 from homkv.testing.proxy import FaultyLink
+from homkv.transport.endpoint import LinkOptions
 from homkv.transport.keys import Security
 from homkv.transport.link import Peer
 
+Service = Literal["threads", "keys", "processes"]
 KV_CACHE_DTYPE = "balanced"
-OPEN = Security(insecure=True)  # what is encrypted cannot be harmed message by message
-OPTIONS = replace(SERVING, peer_timeout_s=1.5, ack_timeout_s=2.0, linger_s=0.2)
-ANYWHERE = "tcp://127.0.0.1:0"
-MAX_TOKENS, LEASE_S, MAX_LEASE_S = 1792, 1.0, 6.0
-REQUEST_TIMEOUT_S = 6.0
-LINK_GBPS = 0.0006  # a layer takes a third of a second: faults find transfers under way
-PromptKey = tuple[bytes, int]  # key of the last full page, and the number of tokens
+MAX_TOKENS = 1792
+TINY = "tiny"
 
 
-@dataclass
-class Clock:
-    """The lease clock of a decode instance, which can jump."""
+@dataclass(frozen=True)
+class Subject:
+    """What is served. ``source``: where a process loads it from; ``patience`` stretches every limit of time."""
 
-    offset_s: float = 0.0
+    loaded: LoadedModel
+    source: str
+    patience: float = 1.0
+    # A layer of the tiny model takes a third of a second, so that faults find transfers under way.
+    link_gbps: float = 0.0006
 
-    def __call__(self) -> float:
-        """Seconds."""
-        return time.monotonic() + self.offset_s
+    @property
+    def options(self) -> LinkOptions:
+        """Of the dispatcher's links, and of instances in threads."""
+        p = self.patience
+        return replace(SERVING, peer_timeout_s=1.5 * p, ack_timeout_s=2.0 * p, linger_s=0.2)
 
+    @property
+    def lease_s(self) -> float:
+        """Without a sign of life."""
+        return 1.0 * self.patience
 
-@dataclass
-class Digests:
-    """Digest of the KV that decode instances held when a prompt was complete, by prompt."""
-
-    seen: list[tuple[PromptKey, str]] = field(default_factory=list)
-
-    def watch(self, instance: DecodeInstance) -> None:
-        """Digest every prompt at the moment when it is complete, before its first token is told."""
-        for engine in instance.engines.values():
-            if isinstance(engine, PagedEngine):
-                engine.publish = self._watching(engine, engine.publish)  # type: ignore[method-assign, assignment]
-
-    def _watching(
-        self, engine: PagedEngine, publish: "Callable[[int, list[bytes]], None]"
-    ) -> "Callable[[int, list[bytes]], None]":
-        def watched(seq: int, keys: list[bytes]) -> None:
-            digest = xxhash.xxh3_128()
-            for layer in range(engine.cache.num_layers):
-                content = engine.cache.export_layer(layer, seq)
-                for part in (content.pages, content.exact_k, content.exact_v):
-                    digest.update(_bytes(part))
-            self.seen.append(((keys[-1], engine.cache.num_tokens(seq)), digest.hexdigest()))
-            publish(seq, keys)
-
-        return watched
+    @property
+    def request_timeout_s(self) -> float:
+        """Of the dispatcher; leases end then as well."""
+        return 6.0 * self.patience
 
 
-def _bytes(x: Tensor) -> bytes:
-    data: bytes = x.contiguous().view(uint8).numpy().tobytes()
-    return data
+@contextmanager
+def open_subject(model: str) -> Iterator[Subject]:
+    """The tiny model for "tiny", else what ``load_model`` finds."""
+    if model != TINY:
+        yield Subject(load_model(model), model, patience=5.0, link_gbps=0.01)
+        return
+    with TemporaryDirectory(prefix="homkv-tiny-") as folder:
+        save_tiny_model(Path(folder))
+        yield Subject(tiny_model(), folder)
 
 
-class Hosted:
-    """An instance with its loop in a thread that can be stopped and let go on, as a process can."""
+class Cell(ABC):
+    """One prefill and one decode instance behind faulty links, and a dispatcher. A context manager.
 
-    def __init__(self, instance: DecodeInstance | PrefillInstance) -> None:
-        self.instance = instance
-        self.error: BaseException | None = None
-        self._goes_on, self._stop = threading.Event(), threading.Event()
-        self._goes_on.set()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    Belongs to one thread, but for :meth:`kill`, :meth:`terminate`, :meth:`pause` and :meth:`jump`.
+    """
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self._goes_on.wait()
-                self.instance.turn(idle_s=0.05)
-        except BaseException as error:  # nothing that a peer does may end the loop: the judge must know
-            self.error = error
-
-    def pause(self) -> None:
-        """Stop between two turns."""
-        self._goes_on.clear()
-
-    def resume(self) -> None:
-        """Go on."""
-        self._goes_on.set()
-
-    def close(self) -> None:
-        """End the loop and close the instance."""
-        self._stop.set()
-        self.resume()
-        self._thread.join()
-        self.instance.close()
-
-
-class Cell:
-    """One prefill and one decode instance behind faulty links, and a dispatcher. A context manager."""
-
-    def __init__(self, loaded: LoadedModel, policy: Policy = "fail", link_gbps: float | None = LINK_GBPS) -> None:
-        self._loaded, self._link_gbps = loaded, link_gbps
-        self.clock, self.digests = Clock(), Digests()
-        self.hosted: dict[Where, Hosted] = {"prefill": self._start("prefill"), "decode": self._start("decode")}
-        self.num_free = self.free_blocks
+    def __init__(
+        self, subject: Subject, reached: dict[Where, Address], security: Security, policy: Policy, start_s: float = 0.0
+    ) -> None:
+        """``start_s``: how long an instance may take to start again."""
+        self.subject, self._reached, self._security = subject, reached, security
+        self.request_timeout_s = subject.request_timeout_s + start_s
         self.links: dict[Where, FaultyLink] = {
-            where: FaultyLink(hosted.instance.listener.endpoint) for where, hosted in self.hosted.items()
+            where: FaultyLink(address.endpoint, PlainNames if security.insecure else partial(SealedNames, where))
+            for where, address in reached.items()
         }
-        limits = DispatchOptions(policy, request_timeout_s=REQUEST_TIMEOUT_S, no_instance_timeout_s=4.0)
-        prefill, decode = ([Address(self.links[where].endpoint, None)] for where in ("prefill", "decode"))
-        self.dispatcher = Dispatcher(prefill, decode, OPEN, limits=limits, options=OPTIONS)
-
-    def _start(self, where: Where) -> Hosted:
-        model = copy.deepcopy(self._loaded.model)
-        loaded = LoadedModel(**{**vars(self._loaded), "model": model})
-        if where == "prefill":
-            # Without kept prefixes: those are rounded to 16 bits, so that last bits would depend on what came before.
-            return Hosted(
-                PrefillInstance(
-                    loaded, ANYWHERE, OPEN, prefix_bytes=0, chunk_tokens=128, link_gbps=self._link_gbps, options=OPTIONS
-                )
-            )
-        decode = DecodeInstance(
-            loaded,
-            [KV_CACHE_DTYPE],
-            ANYWHERE,
-            OPEN,
-            max_tokens=MAX_TOKENS,
-            lease_s=LEASE_S,
-            max_lease_s=MAX_LEASE_S,
-            options=OPTIONS,
-            clock=self.clock,
+        limits = DispatchOptions(
+            policy,
+            request_timeout_s=self.request_timeout_s,
+            no_instance_timeout_s=4.0 * subject.patience + start_s,
         )
-        self.digests.watch(decode)
-        return Hosted(decode)
+        prefill, decode = ([Address(self.links[w].endpoint, reached[w].key)] for w in ("prefill", "decode"))
+        self.dispatcher = Dispatcher(prefill, decode, security, limits=limits, options=subject.options)
+        self._witnesses: dict[Where, Peer] = {}
+        self._numbers = itertools.count()
 
-    # -- what is held ------------------------------------------------------------------------------------------
+    # -- what is held and what was noticed ---------------------------------------------------------------------
 
-    @property
-    def decoder(self) -> DecodeInstance:
-        """The decode instance of now."""
-        instance = self.hosted["decode"].instance
-        assert isinstance(instance, DecodeInstance)
-        return instance
+    def look(self, where: Where) -> Status:
+        """Ask an instance how it is, beside its faulty link. Raises TransferError if it does not answer."""
+        peer = self._witnesses.pop(where, None) or self._reach(where)
+        try:
+            peer.send(AskStatus(next(self._numbers)))
+            status = peer.recv(self.subject.options.peer_timeout_s)
+        except TransferError:
+            peer.close()
+            raise
+        assert isinstance(status, Status)  # nothing else was asked for
+        self._witnesses[where] = peer
+        return status
 
-    @property
-    def free_blocks(self) -> int:
-        """Blocks of the pool that a request could have."""
-        return sum(engine.num_free_blocks for engine in self.decoder.engines.values())
+    def _reach(self, where: Where) -> Peer:
+        messages, address = FromPrefill if where == "prefill" else FromDecode, self._reached[where]
+        return Peer(address.endpoint, messages, self._security, address.key, self.subject.options)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no request is left anywhere and every block is free."""
-        idle = not any(hosted.instance.num_requests for hosted in self.hosted.values())
-        loads = any(member.load for member in self.dispatcher.members)
-        return idle and not loads and self.dispatcher.num_accepted == 0 and self.free_blocks == self.num_free
+    def held(self) -> dict[str, float]:
+        """What is not free, by name; empty if nothing is held anywhere. Page blocks are ``blocks``."""
+        try:
+            prefill, decode = self.look("prefill").gauges, self.look("decode").gauges
+        except TransferError:
+            return {"not reachable": 1}
+        found = {
+            "prompts": sum(prefill[f"requests_{state}"] for state in ("waiting", "computing", "sending")),
+            "requests": sum(decode[f"requests_{state}"] for state in ("waiting", "receiving", "running")),
+            "blocks": decode["blocks_total"] - decode["blocks_free"],
+            "accepted": self.dispatcher.num_accepted,
+            "load": sum(len(member.load) for member in self.dispatcher.members),
+        }
+        return {name: count for name, count in found.items() if count}
 
-    def check(self) -> None:
-        """Raise HomkvError unless books and stored bytes are intact, and what ended a loop."""
-        for hosted in self.hosted.values():
-            if hosted.error is not None:
-                raise hosted.error
-        for engine in self.decoder.engines.values():
-            engine.check()
+    def noticed(self) -> Counter[str]:
+        """How often something was refused, failed, expired or lost so far, by name."""
+        counts: Counter[str] = Counter()
+        for member in self.dispatcher.members:
+            counts[f"lost {member.role}"], counts[f"restarts {member.role}"] = member.num_lost, member.num_restarts
+        for where in self.links:
+            try:
+                counters = self.look(where).counters
+            except TransferError:
+                continue  # its restart, or its loss, is counted above
+            named = ("refused.", "failed.", "leases_expired")
+            counts.update({f"{where} {name}": int(n) for name, n in counters.items() if name.startswith(named)})
+        return counts
 
     @property
     def is_connected(self) -> bool:
         """Whether the dispatcher has heard of both instances."""
         return self.dispatcher.is_running and all(member.status is not None for member in self.dispatcher.members)
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise unless both instances run and, as far as can be seen from here, their books are intact."""
+
     # -- faults of processes -----------------------------------------------------------------------------------
 
+    @abstractmethod
     def kill(self, where: Where) -> None:
-        """All connections of an instance end without a word, and nobody can reach it."""
-        self.links[where].retarget(None)
-        self.links[where].sever()
+        """An instance ends without a word."""
 
+    def terminate(self, where: Where) -> None:
+        """An instance is asked to stop at once."""
+        self.kill(where)
+
+    @abstractmethod
     def revive(self, where: Where) -> None:
-        """Another process in the place of one that was killed: it knows nothing of before."""
-        self.hosted[where].close()
-        self.hosted[where] = self._start(where)
-        self.links[where].retarget(self.hosted[where].instance.listener.endpoint)
+        """Another process in the place of one that ended: it knows nothing of before."""
+
+    @abstractmethod
+    def pause(self, where: Where) -> None:
+        """An instance stops computing, answering and sending."""
+
+    @abstractmethod
+    def resume(self, where: Where) -> None:
+        """It goes on."""
+
+    @abstractmethod
+    def jump(self, seconds: float) -> None:
+        """The lease clock of the decode instance jumps."""
 
     def fill_pool(self) -> Peer:
         """Reserve all room for somebody who sends nothing. Close what is returned, after :meth:`empty_pool`."""
-        hog = Peer(self.decoder.listener.endpoint, FromDecode, OPEN, None, OPTIONS)
+        hog = self._reach("decode")
         hog.send(Reserve("hog", KV_CACHE_DTYPE, random_ids(MAX_TOKENS - 8, seed=1), 8))
         said: msgspec.Struct = hog.recv(2.0)
         if not isinstance(said, Ticket):
@@ -217,12 +197,12 @@ class Cell:
         hog.close()
 
     def close(self) -> None:
-        """End everything."""
+        """End everything but the instances."""
         self.dispatcher.close()
+        for peer in self._witnesses.values():
+            peer.close()
         for link in self.links.values():
             link.close()
-        for hosted in self.hosted.values():
-            hosted.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's API, health, metrics, and records of requests."""
+"""The application: OpenAI's routes, and how errors are answered."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ from homkv.serve.gateway.answers import ChatShape, CompletionShape, Shape, usage
 from homkv.serve.gateway.generate import Piece, generate, submit
 from homkv.serve.gateway.limits import Guard, describe, error_body
 from homkv.serve.gateway.schema import ChatRequest, CompletionRequest
+from homkv.serve.gateway.service import add_service_routes
 from homkv.serve.gateway.text import TextStream, backend_of
 from homkv.serve.logs import get_logger
 from homkv.serve.messages import Sampling
@@ -104,7 +104,7 @@ def make_app(gateway: Gateway, on_close: Callable[[], None] = lambda: None) -> F
     )
     _handle_errors(app, gateway.metrics)
     _openai_routes(app, gateway)
-    _service_routes(app, gateway)
+    add_service_routes(app, settings, gateway.dispatcher, gateway.metrics)
     return app
 
 
@@ -130,29 +130,6 @@ def _openai_routes(app: FastAPI, gateway: Gateway) -> None:
     async def chat(ask: ChatRequest, request: Request) -> Response:
         request_id = f"chatcmpl-{secrets.token_hex(12)}"
         return await _answer(gateway, ask, request, ChatShape(request_id, name, gateway.token_text, bool(ask.logprobs)))
-
-
-def _service_routes(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        members = gateway.dispatcher.members
-        up = {role: sum(m.role == role and m.status is not None for m in members) for role in ("prefill", "decode")}
-        instances = {m.name: "up" if m.status else m.last_error or "connecting" for m in members}
-        is_whole = all(m.status for m in members)
-        can_serve = gateway.dispatcher.is_running and all(up.values())
-        status = "unavailable" if not can_serve else "ok" if is_whole else "degraded"
-        return JSONResponse({"status": status, "instances": instances}, 503 if status == "unavailable" else 200)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(gateway.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/v1/requests/{request_id}")
-    async def record(request_id: str) -> dict[str, Any]:
-        found = gateway.dispatcher.records.get(request_id)
-        if found is None:
-            raise HTTPException(404, f"expected the id of a recent request, found {request_id!r}")
-        return found.to_dict()
 
 
 def _model(gateway: Gateway) -> dict[str, Any]:

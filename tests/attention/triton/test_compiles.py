@@ -27,7 +27,8 @@ def test_launches_compile(launches: str) -> None:
         "0",
         launches,
     ]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE), "PYTEST_ADDOPTS": ""}
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

@@ -1,4 +1,4 @@
-"""What a decode call does beside the pages: attention to the exact tokens, a tile per program."""
+"""Attention of one token's query rows to exact tokens, a tile at a time: sinks and window of a decode call."""
 
 import triton
 import triton.language as tl
@@ -61,34 +61,26 @@ def exact_tile(
     return weigh_exact(v, p, tl.zeros([DP, N], tl.float32)), m, tl.sum(p, 0)
 
 
-@triton.jit(do_not_specialize=["exact_tokens", "num_slots", "stride_b", "stride_h", "stride_t"])
-def exact_tokens_kernel(
-    Q, ExactK, ExactV, ExactLen, Slots, ExactO, ExactM, ExactL, exact_tokens, num_slots, stride_b, stride_h, stride_t,
-    scale_log2,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr,
-    EXACT_TILE: tl.constexpr, EXACT_TILES: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def store_tiles(
+    Q, ExactK, ExactV, length, slot, ExactO, ExactM, ExactL, first, stop, b, head, stride_b, stride_h, stride_t,
+    exact_tokens, scale_log2, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr,
+    HEADS: tl.constexpr, EXACT_TILE: tl.constexpr, EXACT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch, HEADS, EXACT_TILES): ``ExactO [batch, HEADS, EXACT_TILES, ROWS, D]``, maxima and denominators.
+    """Partial outputs of tiles ``first .. stop - 1`` of one sequence and kv head.
 
-    The pages' kernel, which is launched behind this one, may start when all programs have begun.
+    ``ExactO [batch, HEADS, EXACT_TILES, ROWS, D]``, maxima and denominators ``[batch, HEADS, EXACT_TILES, ROWS]``.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    b = tl.program_id(0)
-    head = tl.program_id(1)
-    tile = tl.program_id(2)
-    length = tl.minimum(tl.load(ExactLen + b), exact_tokens)
-    if tile * EXACT_TILE < length:
+    N: tl.constexpr = 8 if ROWS <= 8 else 16
+    exact = (slot.to(tl.int64) * HEADS + head) * exact_tokens * D
+    d = tl.arange(0, DP)
+    n = tl.arange(0, N)
+    own = n < ROWS
+    for tile in tl.range(first, stop, num_stages=1):
         q_row, live = query_rows(Q, b, head, stride_b, stride_h, stride_t, ROWS, Q_LEN, N, N)
-        slot = tl.minimum(tl.maximum(tl.load(Slots + b), 0), num_slots - 1)
-        exact = (slot * HEADS + head).to(tl.int64) * exact_tokens * D
         o, m, l = exact_tile(
             ExactK + exact, ExactV + exact, tile * EXACT_TILE, length, q_row, live, scale_log2, D, DP, N, EXACT_TILE
         )
-        d = tl.arange(0, DP)
-        n = tl.arange(0, N)
-        own = n < ROWS
         row = ((b * HEADS + head) * EXACT_TILES + tile).to(tl.int64) * ROWS + n
         tl.store(ExactM + row, m, mask=own)
         tl.store(ExactL + row, l, mask=own)
