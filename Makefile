@@ -30,7 +30,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
-test-vllm:
+test-vllm: setup
 	@.ci/vllm
 
 lint: setup

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from homkv.errors import UnsupportedError
-from homkv.spec import DEFAULT_FORMAT, RowsSpec
+from homkv.plan import BASE
+from homkv.spec import DEFAULT_FORMAT, PRESETS, RowsSpec
 
 if TYPE_CHECKING:
     from homkv.vllm.blocks import BlockPlan
@@ -35,7 +36,7 @@ def serve(
     port: Annotated[int, typer.Option(help="The router's; servers take the ones behind it.")] = 8000,
     router: Annotated[str, typer.Option(help="vllm-router, proxy (ours), or auto: vllm-router if installed.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence; default: the model's.")] = None,
-    kv_gib: Annotated[float, typer.Option(help="KV memory of each server on CPUs, in GiB.")] = 4.0,
+    kv_gib: Annotated[int, typer.Option(min=1, help="KV memory of each server on CPUs, in GiB.")] = 4,
     logs: Annotated[Path | None, typer.Option(help="Folder for the servers' output; default: a temporary one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and start nothing.")] = False,
 ) -> None:
@@ -124,7 +125,25 @@ def _plan(kv_cache_dtype: str, head_dim: int, dtype: str) -> "BlockPlan":
 
     if dtype not in DTYPE_BYTES:
         raise UnsupportedError(f"expected --dtype {', '.join(DTYPE_BYTES)}, found {dtype!r}")
-    return BlockPlan.of(RowsSpec.parse(kv_cache_dtype), head_dim, DTYPE_BYTES[dtype])
+    return BlockPlan.of(_rows_format(kv_cache_dtype), head_dim, DTYPE_BYTES[dtype])
+
+
+def _rows_format(name: str) -> RowsSpec:
+    """A format that vLLM's blocks can hold. Raises UnsupportedError for homkv's others, FormatError for no format."""
+    from homkv.formats import format_names
+
+    base = name.partition(":")[0]
+    if base == BASE or name.endswith(".json"):
+        raise UnsupportedError(
+            f"expected one format for all layers inside vLLM, whose blocks are equally large, found the per-layer plan "
+            f"{name}; name a format, or serve the plan with --engine homkv"
+        )
+    if base != name or (name in format_names() and name not in PRESETS):
+        raise UnsupportedError(
+            f"expected a rows format ({', '.join(PRESETS)} or kABCDvEFGH) inside vLLM, found {name}; serve it with "
+            "--engine homkv"
+        )
+    return RowsSpec.parse(name)
 
 
 def _inspect(model: str) -> tuple[str, int]:

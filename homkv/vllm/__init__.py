@@ -12,7 +12,8 @@ BACKEND_VARIABLE = "HOMKV_VLLM_BACKEND"  # the backend's name: on CPUs the only 
 def register() -> None:
     """Add homkv's attention backends to vLLM, and take CPU attention over if ``HOMKV_VLLM_BACKEND`` names one.
 
-    vLLM's CPU platform has one attention backend and ignores ``--attention-backend``, hence the variable. Idempotent.
+    vLLM's CPU platform has one attention backend and ignores ``--attention-backend``, hence the variable. Its backends
+    for MLA are taken over as well, to refuse: such a model would run on vLLM's own KV cache without a word. Idempotent.
     Raises FormatError for a name that is none of ours.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -29,3 +30,5 @@ def register() -> None:
             register_backend(name, f"homkv.vllm.backend.{name}")
     if chosen:
         register_backend(AttentionBackendEnum.CPU_ATTN, f"homkv.vllm.backend.{chosen}")
+        for mla in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
+            register_backend(mla, "homkv.vllm.backend.MLA")

@@ -17,8 +17,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from homkv.spec import HEAD_DIMS, PAGE_TOKENS
+from homkv.errors import UnsupportedError
+from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import BlockPlan
+from homkv.vllm.lasting import Lasting
 from homkv.vllm.store import Places, page_ids
 
 
@@ -35,42 +37,75 @@ class Chunk:
 class StepMetadata:
     """One step's batch: sequences with a single token first, then chunks of prompts. Layers share it.
 
-    ``places``: of the single tokens; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids.
+    ``places``: of the single tokens; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids;
+    ``status [1] int32``: what GPU kernels report of single tokens, None where encoding raises by itself.
     """
 
     places: Places
     chunks: list[Chunk]
     lengths: Tensor
     tables: Tensor
+    status: Tensor | None
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vllm is untyped to us
-    """Splits a batch into single tokens and chunks. No CUDA graph holds this attention: it plans on the host."""
+    """Splits a batch into single tokens and chunks. On GPUs a CUDA graph may hold the step if there are no chunks."""
 
-    _cudagraph_support: ClassVar[Any] = AttentionCGSupport.NEVER
+    _cudagraph_support: ClassVar[Any] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
+        self._lasting: Lasting | None = None
+        if torch.device(device).type != "cpu":
+            self._lasting = Lasting(vllm_config.scheduler_config.max_num_seqs, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StepMetadata:
-        """Without speculation vLLM's upper bound of a length is the length."""
+        """Without speculation vLLM's upper bound of a length is the length.
+
+        Raises FormatError for an earlier step, UnsupportedError for a batch that is not causal throughout.
+        """
         batch, plan_block = common_attn_metadata, self.kv_cache_spec.block_size
+        refuse_masks(batch)
         num_single = split_decodes_and_prefills(batch, decode_threshold=1)[0]
-        lengths = batch.seq_lens_cpu_upper_bound
-        lengths = batch.seq_lens.cpu() if lengths is None else lengths
-        starts = batch.query_start_loc_cpu.tolist()
+        chunks = self._chunks(batch, num_single)
+        blocks = batch.block_table_tensor[: batch.num_reqs]
+        if self._lasting is None:
+            lengths = _host_lengths(batch)[:num_single]
+            blocks = blocks[:, : max(-(-batch.max_seq_len // plan_block), 1)]
+            tables = page_ids(blocks, plan_block // PAGE_TOKENS)
+            return StepMetadata(Places.of(lengths), chunks, batch.seq_lens, tables, None)
+        self._lasting.check(wait=bool(chunks))
+        tables = page_ids(blocks, plan_block // PAGE_TOKENS)
+        places, lengths, tables = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
+        return StepMetadata(places, chunks, lengths, tables, self._lasting.status)
+
+    def _chunks(self, batch: CommonAttentionMetadata, num_single: int) -> list[Chunk]:
+        if num_single == batch.num_reqs:
+            return []
+        lengths, starts = _host_lengths(batch).tolist(), batch.query_start_loc_cpu.tolist()
         spans = [(row, starts[row], starts[row + 1]) for row in range(num_single, batch.num_reqs)]
-        chunks = [Chunk(row, int(lengths[row]) - (stop - first), slice(first, stop)) for row, first, stop in spans]
-        blocks = max(-(-batch.max_seq_len // plan_block), 1)
-        return StepMetadata(
-            places=Places.of(lengths[:num_single], self.device),
-            chunks=[chunk for chunk in chunks if chunk.at.stop > chunk.at.start],
-            lengths=batch.seq_lens,
-            tables=page_ids(batch.block_table_tensor[: batch.num_reqs, :blocks], plan_block // PAGE_TOKENS),
+        chunks = [Chunk(row, lengths[row] - (stop - first), slice(first, stop)) for row, first, stop in spans]
+        return [chunk for chunk in chunks if chunk.at.stop > chunk.at.start]
+
+
+def refuse_masks(batch: CommonAttentionMetadata) -> None:
+    """Raise UnsupportedError if tokens of the batch attend to anything but all tokens up to themselves."""
+    found = ["attention that is not causal"] if batch.causal is not True else []
+    found += ["prefixes that attend both ways"] if any((batch.mm_req_doc_ranges or {}).values()) else []
+    found += ["sliding windows behind a prefix"] if batch.rswa_prefix_lens is not None else []
+    if found:
+        raise UnsupportedError(
+            f"expected tokens that attend to all tokens up to themselves, found {', '.join(found)}; start vLLM without "
+            "homkv's backend for this model"
         )
+
+
+def _host_lengths(batch: CommonAttentionMetadata) -> Tensor:
+    found: Tensor | None = batch.seq_lens_cpu_upper_bound
+    return batch.seq_lens.cpu() if found is None else found
 
 
 class PagesBackend(AttentionBackend):  # type: ignore[misc]
@@ -122,9 +157,7 @@ class PagesBackend(AttentionBackend):  # type: ignore[misc]
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         """Those whose plan this is."""
-        widths = (dtype.itemsize for dtype in cls.supported_dtypes)
-        sizes = {(dim, width) for dim in HEAD_DIMS for width in widths}
-        return sorted({dim for dim, width in sizes if BlockPlan.of(cls.plan.spec, dim, width) == cls.plan})
+        return cls.plan.head_dims()
 
 
 @cache
@@ -134,6 +167,11 @@ def backend_class(name: str) -> type[PagesBackend]:
 
 
 def __getattr__(name: str) -> type[PagesBackend]:
+    if name == "MLA":
+        raise UnsupportedError(
+            "expected a decoder with plain full attention, found multi-head latent attention (MLA); unset "
+            "HOMKV_VLLM_BACKEND for this model"
+        )
     if not name.startswith("HOMKV_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return backend_class(name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from homkv.errors import FormatError, UnsupportedError
-from homkv.spec import FORMAT_VERSION, HEAD_DIMS, PAGE_TOKENS, PRESETS, RowsSpec
+from homkv.spec import FORMAT_VERSION, HEAD_DIMS, MIN_WINDOW, PAGE_TOKENS, PRESETS, RowsSpec
 
 BLOCK_VERSION = 1  # of the layout of a block around its pages; part of the backend's name
 EXACT_BLOCKS = 3  # of a sequence: first tokens, half of odd pages, half of even pages
@@ -37,7 +37,12 @@ class BlockPlan:
 
     @classmethod
     def of(cls, spec: RowsSpec, head_dim: int, raw_bytes: int = 2) -> "BlockPlan":
-        """The plan for a model. Raises UnsupportedError for a head_dim that the page does not cover."""
+        """The plan for a model. Raises UnsupportedError for a head_dim or a window that blocks do not cover."""
+        if spec.min_window != MIN_WINDOW:
+            raise UnsupportedError(
+                f"expected a format with the usual window of {MIN_WINDOW} tokens inside vLLM, found {spec.name}; leave "
+                f"the w{spec.min_window} away, or serve it with --engine homkv"
+            )
         page_bytes = spec.layout(head_dim).page_bytes
         exact = PAGE_TOKENS * 2 * head_dim * raw_bytes + TAG_BYTES
         return cls(spec, ceil_div(exact, page_bytes) * PAGE_TOKENS)
@@ -73,6 +78,10 @@ class BlockPlan:
                 f"{raw_bytes}-byte keys and values, found {self.name} with --block-size {block_size}; use these, or "
                 "let `homkv serve --engine vllm` set them"
             )
+
+    def head_dims(self) -> list[int]:
+        """Every head_dim whose models this plan is for, with exact numbers of some width."""
+        return [dim for dim in HEAD_DIMS if any(BlockPlan.of(self.spec, dim, width) == self for width in RAW_BYTES)]
 
     def block_bytes(self, head_dim: int) -> int:
         """Bytes of a block per layer and kv head."""

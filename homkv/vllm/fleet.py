@@ -62,9 +62,10 @@ class Fleet:
         process.wait()
         return command
 
-    def add(self, command: Command) -> None:
-        """Start one more process and wait until everything answers."""
-        self._start(command)
+    def add(self, *commands: Command) -> None:
+        """Start more processes and wait until everything answers."""
+        for command in commands:
+            self._start(command)
         self._await_ready()
 
     def _start(self, command: Command) -> None:

@@ -88,10 +88,11 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         return ExactLayer(name, self.num_kv_heads, self.head_size, self.plan, config)
 
     def store(self, pages: Tensor) -> LayerStore:
-        """Views of the layer's cache; made anew when vLLM binds another one."""
-        if self._store is None or self._store.pool.data_ptr() != pages.data_ptr():
-            self._store = LayerStore(self.codec, self.plan, pages, self.exact.kv_cache, self.raw_dtype)
-        return self._store
+        """Views of the layer's cache; made anew when vLLM binds another one, perhaps larger at the same address."""
+        found = self._store
+        if found is None or not found.is_of(pages, self.exact.kv_cache):
+            self._store = found = LayerStore(self.codec, self.plan, pages, self.exact.kv_cache, self.raw_dtype)
+        return found
 
     @torch.no_grad()
     def forward(
@@ -112,6 +113,8 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         A sequence may start behind pages that another one of the same step has just written. So rings are copied first,
         then all tokens stored, then pages and first tokens read.
         """
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError("expected attention that puts out plain numbers, found a quantized output asked for")
         if attn_metadata is None:  # profiling
             return output.zero_()
         step, store = attn_metadata, self.store(kv_cache)
@@ -122,7 +125,7 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
             store.store_many(table, blocks, chunk.start, key[chunk.at], value[chunk.at], ring)
         n = len(step.places.at)
         if n:
-            store.store_one(step.tables[:n], exact[:n], step.places, key[:n], value[:n])
+            store.store_one(step.tables[:n], exact[:n], step.places, key[:n], value[:n], step.status)
             view = store.view(step.tables[:n], exact[:n], store.halves(exact[:n], step.lengths[:n]))
             o, _ = api.attend(query[:n].unsqueeze(2), view, self.codec, self.scale)
             output[:n] = o.squeeze(2).to(output.dtype)

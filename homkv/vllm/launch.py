@@ -30,7 +30,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000  # of the router; instance i listens on port + 1 + i
     max_model_len: int | None = None
-    kv_gib: float = 4.0  # on CPUs, which have no memory of their own to fill
+    kv_gib: int = 4  # on CPUs, which have no memory of their own to fill; vLLM takes whole ones
     lease_s: int = 30  # for which a prefill server keeps KV that nobody fetches
     python: str = sys.executable  # of an environment with vLLM and homkv
     extra: tuple[str, ...] = ()  # options for every vLLM server
@@ -92,7 +92,7 @@ def _environment(options: ServeOptions, index: int, count: int, num_cores: int) 
     if options.device == "cpu":
         first, stop = (max(num_cores, count) * i // count for i in (index, index + 1))
         yield "VLLM_CPU_OMP_THREADS_BIND", f"{first % num_cores}-{(stop - 1) % num_cores}"
-        yield "VLLM_CPU_KVCACHE_SPACE", f"{options.kv_gib:g}"
+        yield "VLLM_CPU_KVCACHE_SPACE", str(options.kv_gib)
     else:
         yield "CUDA_VISIBLE_DEVICES", str(index)
     if options.is_pair:

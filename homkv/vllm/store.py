@@ -12,7 +12,7 @@ just allocated, for a sequence that starts behind cached pages, is never mistake
 page is read as a page until the ring has filled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import TAG_BYTES, BlockPlan
 
+NULL_BLOCK = 0  # vLLM gives it to nobody: what is written there is never read
 MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: the golden ratio's, as a signed 64-bit number
 
 
@@ -50,22 +51,34 @@ class Halves:
 class Places:
     """Where one new token of each of B sequences goes; the same in every layer.
 
-    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page is full with
-    it, ``pages [m]``: that page. All int64 on one device.
+    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page may be full
+    with it, ``pages [m]``: that page, ``full [m] bool``: whether it is. The rest int64; all on one device.
     """
 
     column: Tensor
     at: Tensor
     due: Tensor
     pages: Tensor
+    full: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor, device: torch.device | str = "cpu") -> "Places":
-        """For tokens at position ``lengths - 1``, ``lengths [B]`` on the host."""
-        page, at = (lengths.long() - 1) // PAGE_TOKENS, (lengths.long() - 1) % PAGE_TOKENS
+    def of(cls, lengths: Tensor) -> "Places":
+        """For tokens at position ``lengths - 1``. On the host: ``due`` names the full pages and no other."""
+        fixed = cls.fixed(lengths)
+        due = fixed.due[fixed.full]
+        return replace(fixed, due=due, pages=fixed.pages[due], full=fixed.full[due])
+
+    @classmethod
+    def fixed(cls, lengths: Tensor) -> "Places":
+        """The same in shapes that depend on B alone and without reading anything back: ``due`` names every sequence.
+
+        A length of 0 stands for none: its token goes to the block that its table names, the first one's start.
+        """
+        position = (lengths.long() - 1).clamp(min=0)
+        page, at = position // PAGE_TOKENS, position % PAGE_TOKENS
         column = torch.where(page > 0, 1 + half_of(page), 0).unsqueeze(1)
-        due = ((at == PAGE_TOKENS - 1) & (page > 0)).nonzero().flatten()
-        return cls(*(x.to(device) for x in (column, at, due, page[due])))
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return cls(column, at, rows, page, (at == PAGE_TOKENS - 1) & (page > 0))
 
 
 def page_ids(table: Tensor, pages_per_block: int) -> Tensor:
@@ -97,8 +110,13 @@ class LayerStore:
         self.exact_k = blocks[..., :one].view(raw_dtype).unflatten(-1, shape)
         self.exact_v = blocks[..., one : 2 * one].view(raw_dtype).unflatten(-1, shape)
         self.tags = blocks[:, 0, 2 * one : 2 * one + TAG_BYTES].view(torch.int64)
+        self._memory = [(x.data_ptr(), x.shape) for x in (pages, exact)]
         words = heads * codec.page_bytes // 8
         self._weights = (2 * torch.arange(words, dtype=torch.int64, device=pages.device) + 1) * MULTIPLIER
+
+    def is_of(self, pages: Tensor, exact: Tensor) -> bool:
+        """Whether these are views of that memory."""
+        return self._memory == [(x.data_ptr(), x.shape) for x in (pages, exact)]
 
     def digest(self, page_ids: Tensor) -> Tensor:
         """``sum_i word[i] * weight[i] mod 2^64`` over all heads of each page; ``[...] int64``."""
@@ -107,18 +125,24 @@ class LayerStore:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    def store_one(self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor) -> None:
+    def store_one(
+        self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor, status: Tensor | None = None
+    ) -> None:
         """Store one token of each sequence, ``k v [B, G, D]``, and the pages that it fills.
 
-        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 3]`` block ids.
+        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 3]`` block ids; ``status``: see homkv's encode.
+        What is due but not full becomes a page of zeros in the null block. So with :meth:`Places.fixed` and a status
+        every step does the same, and a CUDA graph can hold it.
         """
         blocks = exact.long().gather(1, places.column).squeeze(1)
         self.exact_k[blocks, :, places.at] = k.to(self.exact_k.dtype)
         self.exact_v[blocks, :, places.at] = v.to(self.exact_v.dtype)
         if len(places.due):
-            ids, full = tables[places.due, places.pages], blocks[places.due]
-            self._encode(self.exact_k[full], self.exact_v[full], ids)
-            self._tag(full, places.pages, ids)
+            ids = torch.where(places.full, tables[places.due, places.pages], NULL_BLOCK * self.plan.pages_per_block)
+            source, full = blocks[places.due], places.full[:, None, None, None]
+            tokens_k, tokens_v = (torch.where(full, x[source], 0) for x in (self.exact_k, self.exact_v))
+            self._encode(tokens_k, tokens_v, ids, status)
+            self._tag(torch.where(places.full, source, NULL_BLOCK), places.pages, ids)
 
     def store_many(self, table: Tensor, exact: Tensor, start: int, k: Tensor, v: Tensor, before: Halves | None) -> None:
         """Store tokens ``[start, start + T)`` of one sequence, ``k v [T, G, D]``; pages as they fill.
@@ -154,10 +178,10 @@ class LayerStore:
         assert before is not None  # there is a ring where there was a token
         return before.k[0, half_of(index)], before.v[0, half_of(index)]
 
-    def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor) -> None:
+    def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor, status: Tensor | None = None) -> None:
         """``k v [n, G, 64, D]`` become pages ``page_ids [n]``."""
         k, v = (x.transpose(0, 1).flatten(1, 2).contiguous() for x in (k, v))
-        self.pool[page_ids.long()] = api.encode(self.codec, k, v)
+        self.pool[page_ids.long()] = api.encode(self.codec, k, v, status=status)
 
     def _tag(self, blocks: Tensor, index: Tensor, page_ids: Tensor) -> None:
         self.tags[blocks] = torch.stack((index, self.digest(page_ids)), -1)

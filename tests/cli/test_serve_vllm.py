@@ -58,7 +58,7 @@ def test_float32_takes_larger_blocks(
         ({"model_type": "mistral", "sliding_window": 1024}, [], "sliding-window attention"),
         ({"head_dim": 72}, [], "expected head_dim in"),
         ({}, ["--dtype", "int8"], "expected --dtype"),
-        ({}, ["--kv-cache-dtype", "hack"], "expected a preset"),
+        ({}, ["--kv-cache-dtype", "hack"], "expected a rows format"),
         ({}, ["--router", "nginx"], "expected --router"),
         ({}, ["--device", "tpu"], "expected --device"),
     ],

@@ -83,5 +83,16 @@ def test_a_plan_for_another_model_is_refused_with_the_right_name(
         plan.check(head_dim, raw_bytes, block_size)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("raw_bytes", [2, 4])
+def test_a_plan_names_every_head_dim_that_it_is_for(preset: str, head_dim: int, raw_bytes: int) -> None:
+    assert head_dim in BlockPlan.of(RowsSpec.parse(preset), head_dim, raw_bytes).head_dims()
+
+
+def test_a_plan_names_no_other_head_dim() -> None:
+    assert BlockPlan(RowsSpec.parse("balanced"), 64).head_dims() == []
+
+
 def test_a_plan_for_the_model_is_accepted() -> None:
     BlockPlan.of(RowsSpec.parse("balanced"), 128).check(128, 2, 448)

@@ -1,0 +1,187 @@
+"""Stock vLLM with homkv's pages, against its own KV caches: how many sequences fit, and how many tokens per second.
+
+    python benchmarks/vllm_engines.py --kv auto --kv fp8 --kv balanced --kv-gib 6 --prompts 18 --prompt-tokens 16384
+
+Every KV cache gets an engine of its own in a process of its own, the same memory, the same prompts (random tokens, no
+prefix cache, each in one piece) and greedy sampling. The model has the shape of Llama 3 8B and weights that vLLM makes
+up: neither speed nor capacity depends on them. Needs vLLM; runs on GPUs, and with ``--shape tiny`` on CPUs.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024},
+}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    "torch_dtype": "bfloat16", "initializer_range": 0.02,
+}  # fmt: skip
+STOCK = ("auto", "fp8")
+GRAPHS = [1, 2, 4, 8, 12, 16, 20, 24, 32]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv", action="append", required=True, help="auto (16 bits), fp8, or a rows format of homkv")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--kv-gib", type=float, default=6)
+    parser.add_argument("--prompts", type=int, default=18)
+    parser.add_argument("--prompt-tokens", type=int, default=16384)
+    parser.add_argument("--new-tokens", type=int, default=192)
+    parser.add_argument("--timeout-s", type=float, default=600, help="for each engine")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--out", type=Path, help="JSONL to append to")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def backend(kv: str, shape: str) -> Any:
+    """The plan of a format's blocks; None for vLLM's own caches."""
+    from homkv.spec import RowsSpec
+    from homkv.vllm.blocks import BlockPlan
+
+    return None if kv in STOCK else BlockPlan.of(RowsSpec.parse(kv), SHAPES[shape]["head_dim"])
+
+
+def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
+    """An engine with ``--kv-gib`` of KV."""
+    plan, length = backend(kv, options.shape), options.prompt_tokens + options.new_tokens
+    usual: dict[str, Any] = {
+        "model": folder, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
+        "max_model_len": length, "max_num_seqs": GRAPHS[-1], "max_num_batched_tokens": length + GRAPHS[-1],
+        "enable_chunked_prefill": False, "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0,
+    }  # fmt: skip
+    import torch
+
+    if torch.cuda.is_available():
+        usual |= {"kv_cache_memory_bytes": int(options.kv_gib * 2**30), "enforce_eager": options.eager}
+        usual |= {"attention_backend": plan.name if plan else "FLASH_ATTN"}
+        if not options.eager:
+            graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": GRAPHS}
+            usual["compilation_config"] = graphs
+    else:
+        os.environ |= {
+            "VLLM_CPU_KVCACHE_SPACE": f"{options.kv_gib:.0f}",
+            "HOMKV_VLLM_BACKEND": plan.name if plan else "",
+        }
+        usual["enforce_eager"] = True
+    if plan:
+        usual |= {"block_size": plan.block_size}
+    usual["kv_cache_dtype"] = kv if kv in STOCK else "auto"
+    from vllm import LLM
+
+    return LLM(**usual)
+
+
+def fitting(llm: Any, options: argparse.Namespace, kv: str) -> int:
+    """Sequences of full length that the cache holds; one of its blocks vLLM keeps."""
+    cache, length = llm.llm_engine.vllm_config.cache_config, options.prompt_tokens + options.new_tokens
+    plan = backend(kv, options.shape)
+    each = plan.num_blocks(length) if plan else -(-length // cache.block_size)
+    return int((cache.num_gpu_blocks - 1) // each)
+
+
+def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
+    """One engine's record."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(LLAMA | SHAPES[options.shape]))
+        llm = engine(options, kv, folder)
+    from vllm import SamplingParams
+
+    room = fitting(llm, options, kv)
+    print(f"{kv}: {room} sequences of {options.prompt_tokens + options.new_tokens} tokens fit", flush=True)
+    rng, vocab = random.Random(0), SHAPES[options.shape]["vocab_size"]
+    tokens = [[rng.randrange(10, vocab) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)]
+    prompts: Any = [{"prompt_token_ids": ids} for ids in tokens]
+    greedy = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=True, detokenize=False)
+    few = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    llm.generate(prompts[:2], few, use_tqdm=False)  # compiles kernels
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, greedy, use_tqdm=False)
+    wall_s = time.perf_counter() - start
+    counts = [len(output.outputs[0].token_ids) for output in outputs]
+    assert counts == [options.new_tokens] * options.prompts
+    times = [output.metrics for output in outputs if output.metrics is not None]
+    tpot = [(t.last_token_ts - t.first_token_ts) / (options.new_tokens - 1) for t in times]
+    last_prompt = max(t.first_token_ts for t in times) - min(t.scheduled_ts for t in times)
+    on_gpu = torch.cuda.is_available()
+    return {
+        "kv": kv, "shape": options.shape, "kv_gib": options.kv_gib, "prompts": options.prompts,
+        "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "eager": options.eager,
+        "fitting": room, "wall_s": wall_s, "tokens_per_s": sum(counts) / wall_s,
+        "until_last_prompt_s": last_prompt, "tpot_median_ms": 1e3 * statistics.median(tpot),
+        "first_tokens": [list(output.outputs[0].token_ids[:8]) for output in outputs[:2]],
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+    }  # fmt: skip
+
+
+def apart(kv: str) -> dict[str, Any] | None:
+    """The record of an engine in a process of its own; None, after its output, if it failed."""
+    options = arguments()
+    own = [sys.executable, __file__, *sys.argv[1:], "--one"]
+    own = [x for i, x in enumerate(own) if x != "--kv" and own[i - 1] != "--kv"] + ["--kv", kv]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(own, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            code: int | str = process.wait(options.timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"none after {options.timeout_s:g} s"
+        log.seek(0)
+        lines = log.read().splitlines()
+    for line in lines:
+        if line.startswith("RECORD "):
+            return dict(json.loads(line.removeprefix("RECORD ")))
+    print(f"==== {kv}: exit code {code}; its output:", *lines[-120:], sep="\n")
+    return None
+
+
+def main() -> None:
+    """Print a table, and append records."""
+    options = arguments()
+    if options.one:
+        faulthandler.dump_traceback_later(max(options.timeout_s - 3, 1))  # if it hangs: where
+        print("RECORD " + json.dumps(measure(options, options.kv[0])), flush=True)
+        return
+    records = [record for kv in options.kv if (record := apart(kv))]
+    table = Table(title=f"{options.prompts} prompts of {options.prompt_tokens} tokens, {options.new_tokens} new, "
+                        f"{options.kv_gib:g} GiB of KV")  # fmt: skip
+    for column in ("KV", "sequences that fit", "wall s", "new tokens/s", "last prompt after s", "median ms per token"):
+        table.add_column(column, justify="right")
+    for r in records:
+        numbers = (f"{r[name]:.1f}" for name in ("wall_s", "tokens_per_s", "until_last_prompt_s", "tpot_median_ms"))
+        table.add_row(r["kv"], str(r["fitting"]), *numbers)
+    Console().print(table)
+    if options.out:
+        with options.out.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    if len(records) < len(options.kv):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

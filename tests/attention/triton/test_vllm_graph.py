@@ -1,0 +1,131 @@
+"""Decode steps inside vLLM as a CUDA graph holds them: fixed shapes, lasting addresses, nothing read back.
+
+On a GPU the steps are captured and replayed; elsewhere they run as they are, a few of them in Triton's interpreter.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from homkv.attention import api
+from homkv.errors import FormatError
+from homkv.formats.rows import RowsCodec
+from homkv.spec import RowsSpec
+from homkv.vllm.blocks import BlockPlan
+from homkv.vllm.lasting import Lasting
+from homkv.vllm.store import LayerStore, Places, page_ids
+
+HEADS, DIM, ROWS, MAX_ROWS = 2, 64, 4, 5
+SPEC = RowsSpec.parse("balanced")
+PLAN = BlockPlan.of(SPEC, DIM)
+TOLERANCE = {"cpu": 2e-5, "cuda": 5e-3}  # a GPU cuts four rows into other splits than three
+STARTS = [127, 250, 63]  # tokens before the first step
+BLOCKS = torch.arange(1, 13, dtype=torch.int32).reshape(3, 4)
+
+
+def filled(device: torch.device) -> LayerStore:
+    """Three sequences in blocks of their own."""
+    shape = (13, HEADS, PLAN.block_size, PLAN.block_bytes(DIM) // PLAN.block_size)
+    memory = torch.zeros(shape, dtype=torch.uint8, device=device)
+    store = LayerStore(RowsCodec(DIM, SPEC), PLAN, memory, memory, torch.bfloat16)
+    torch.manual_seed(1)
+    for row, count in enumerate(STARTS):
+        k, v = (torch.randn(count, HEADS, DIM).bfloat16().to(device) for _ in "kv")
+        blocks = BLOCKS[row].to(device)
+        store.store_many(page_ids(blocks[:1], PLAN.pages_per_block), blocks[1:], 0, k, v, None)
+    return store
+
+
+class Decode:
+    """The layer's part of a decode step of four rows, the last of which is padding, on lasting metadata."""
+
+    def __init__(self, store: LayerStore, device: torch.device) -> None:
+        self.store, self.device = store, device
+        self.lasting = Lasting(MAX_ROWS, device)
+        self.blocks = torch.zeros(4, 4, dtype=torch.int32, device=device)  # as vLLM's tables are while it captures
+        self.exact = torch.zeros(4, 3, dtype=torch.int32, device=device)
+        self.q = torch.zeros(4, ROWS, 1, DIM, dtype=torch.bfloat16, device=device)
+        self.k, self.v = (torch.zeros(4, HEADS, DIM, dtype=torch.bfloat16, device=device) for _ in "kv")
+        self.o = torch.zeros(4, ROWS, 1, DIM, device=device)
+        self.kept = self.metadata([0, 0, 0])
+        self.replay = self.captured()
+        self.blocks[:3] = BLOCKS.to(device)
+        self.exact.copy_(self.blocks[:, 1:])
+
+    def metadata(self, lengths: list[int]) -> tuple[Places, Tensor, Tensor]:
+        there = torch.tensor([*lengths, 0], dtype=torch.int32, device=self.device)
+        return self.lasting.keep(4, there, page_ids(self.blocks[:, :1], PLAN.pages_per_block))
+
+    def run(self) -> None:
+        places, lengths, tables = self.kept
+        self.store.store_one(tables, self.exact, places, self.k, self.v, self.lasting.status)
+        view = self.store.view(tables, self.exact, self.store.halves(self.exact, lengths))
+        self.o.copy_(api.attend(self.q, view, self.store.codec, DIM**-0.5)[0])
+
+    def captured(self) -> Callable[[], None]:
+        """:meth:`run`, from a graph where there are graphs."""
+        if self.device.type != "cuda":
+            return self.run
+        self.run()  # compiles; nothing but the null block changes
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph.replay
+
+
+def compare(decode: Decode, plain: LayerStore, steps: int) -> None:
+    """Steps through a graph against steps that plan on the host."""
+    device = decode.device
+    tables, exact = page_ids(BLOCKS[:, :1].to(device), PLAN.pages_per_block), BLOCKS[:, 1:].contiguous().to(device)
+    for step in range(1, steps + 1):
+        lengths = [start + step for start in STARTS]
+        new = [torch.randn(3, n, DIM).bfloat16().to(device) for n in (ROWS, HEADS, HEADS)]
+        decode.q[:3], decode.k[:3], decode.v[:3] = new[0].unsqueeze(2), new[1], new[2]
+        decode.lasting.check(wait=False)
+        decode.metadata(lengths)
+        decode.replay()
+        host = Places.of(torch.tensor(lengths))
+        plain.store_one(tables, exact, Places(*(x.to(device) for x in vars(host).values())), new[1], new[2])
+        view = plain.view(tables, exact, plain.halves(exact, torch.tensor(lengths, device=device)))
+        expected = api.attend(new[0].unsqueeze(2), view, plain.codec, DIM**-0.5)[0]
+        torch.testing.assert_close(decode.o[:3], expected, rtol=0, atol=TOLERANCE[device.type])
+    first = PLAN.pages_per_block  # of block 1: block 0 is nobody's
+    assert torch.equal(decode.store.pool[first:], plain.pool[first:])
+    assert torch.equal(decode.store.tags[1:], plain.tags[1:])
+
+
+def test_steps_of_a_graph_are_steps_planned_on_the_host(device: torch.device) -> None:
+    """70 steps: every sequence fills a page, at different steps."""
+    compare(Decode(filled(device), device), filled(device), 70)
+
+
+def test_the_kernels_take_such_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's, also where the CPU's would be chosen; the step closes a page."""
+    decode, plain = Decode(filled(device), device), filled(device)
+    monkeypatch.setattr(api, "resolve_impl", lambda *_: "triton")
+    compare(decode, plain, 1)
+
+
+def test_metadata_stays_where_it_was(device: torch.device) -> None:
+    decode = Decode(filled(device), device)
+    before = [x.data_ptr() for x in (*vars(decode.kept[0]).values(), *decode.kept[1:])]
+    after = decode.metadata([128, 251, 64])
+    assert [x.data_ptr() for x in (*vars(after[0]).values(), *after[1:])] == before
+    assert decode.kept[1].tolist() == [128, 251, 64, 0]
+    assert decode.kept[0].full.tolist() == [True, False, False, False]
+
+
+def test_a_page_that_cannot_be_encoded_is_reported_before_anything_reads_it(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Decode(filled(device), device)
+    monkeypatch.setattr(api, "resolve_impl", lambda *_: "triton")
+    decode.lasting.check(wait=True)
+    decode.k[0, 0, 5] = torch.inf
+    places, _, tables = decode.metadata([128, 251, 64])
+    decode.store.store_one(tables, decode.exact, places, decode.k, decode.v, decode.lasting.status)
+    with pytest.raises(FormatError, match="not finite"):
+        decode.lasting.check(wait=True)
