@@ -66,6 +66,7 @@ class _Request:
     sender: bytes | None = None  # the connection whose frame came first; no other may feed this request
     verified_s: float = 0.0
     first_token_s: float = 0.0
+    overhead_s: float = 0.0  # of the engine, at the first token
     next_token: int = 0
     num_sent: int = 0
 
@@ -328,7 +329,7 @@ class DecodeInstance:
             self._fail(request, error)
             return
         request.engine.publish(request.seq, request.keys)
-        request.first_token_s = time.monotonic()
+        request.first_token_s, request.overhead_s = time.monotonic(), request.engine.overhead_s() or 0.0
         self._emit(request, finish.choice, None)
 
     def _lose(self, peer: bytes) -> None:
@@ -376,12 +377,11 @@ class DecodeInstance:
         request.num_sent += 1
         stop = ask.forced_ids is None and not ask.ignore_eos and choice.token in self._stop_tokens()
         if request.num_sent == ask.max_new_tokens or stop:
-            times = DecodeTimes(request.verified_s, request.first_token_s, time.monotonic())
-            kv_bytes, total = request.engine.kv_bytes(request.seq), ask.first_index + request.num_sent
+            kv_bytes, overhead_s = request.engine.kv_bytes(request.seq), request.engine.overhead_s(request.overhead_s)
+            times = DecodeTimes(request.verified_s, request.first_token_s, time.monotonic(), overhead_s)
             self._close(request)
-            self.listener.send(
-                request.client, Done(ask.request_id, total, kv_bytes, times, "stop" if stop else "length")
-            )
+            done = Done(ask.request_id, ask.first_index + index + 1, kv_bytes, times, "stop" if stop else "length")
+            self.listener.send(request.client, done)
 
     def _stop_tokens(self) -> set[int]:
         stop = self.loaded.model.generation_config.eos_token_id

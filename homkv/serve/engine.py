@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from homkv.attention.api import computes_quantized_prefill
+from homkv.attention.api import computes_quantized_prefill, resolve_impl
 from homkv.cache import PagedCache
 from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
+from homkv.formats.meter import OVERHEAD
 from homkv.formats.per_layer import require_model
 from homkv.hf import KVCache
 from homkv.models import LoadedModel
@@ -111,6 +112,13 @@ class Engine(ABC):
     @abstractmethod
     def free(self, seq: int) -> None:
         """Give the room back."""
+
+    def overhead_s(self, since_s: float = 0.0) -> float | None:
+        """Seconds that this process has spent on restoring or correcting, beyond ``since_s``.
+
+        None where a kernel does not tell it apart.
+        """
+        return OVERHEAD.seconds - since_s if resolve_impl(self.codec, None) == "reference" else None
 
     @abstractmethod
     def kv_bytes(self, seq: int) -> int:
