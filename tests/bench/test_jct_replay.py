@@ -69,7 +69,7 @@ def test_every_format_gets_the_same_requests(folder: Path, tmp_path: Path) -> No
 
 
 def check_overhead(runs: list) -> None:
-    """16 bits and what is restored on arrival have none, ours does not tell it apart, the others lie inside decoding."""
+    """16 bits, and what is restored on arrival, have none; ours does not tell it apart; others pay while decoding."""
     overhead = {run.info.kv_cache_dtype: [r.dequantize_s for r in run.requests] for run in runs}
     assert overhead["fp16"] == overhead["cachegen"] == [0.0] * 3
     assert overhead["balanced"] == [None] * 3
