@@ -105,7 +105,8 @@ def paper(
 ) -> None:
     """Simulate HACK's experiment (five prefill GPUs, A100 decode) beside the numbers that it claims."""
     from homkv.sim import paper as setting
-    from homkv.sim.report import ablation_table, artifact_table, claims_table, paper_tables
+    from homkv.sim.claims import DATA_SETS, grid, parts
+    from homkv.sim.report import ablation_table, artifact_table, claims_table, grid_table, paper_tables, parts_table
 
     gpus, names = prefill_gpu or setting.PREFILL_GPUS, profile or setting.PROFILES
     loads = load or setting.LOADS
@@ -116,17 +117,24 @@ def paper(
         rows = list(
             setting.run_paper(gpus, names, loads, num_requests=requests, seed=seed, model=model, on_run=advance)
         )
-    with progress(len(setting.ABLATIONS), "") as advance:
-        ablations = list(setting.run_ablations(num_requests=requests, seed=seed, model=model, on_run=advance))
+    with progress(5 * (len(setting.ABLATIONS) + 1), "") as advance:
+        ablations = list(
+            setting.run_ablations(
+                names=("long", *DATA_SETS), num_requests=requests, seed=seed, model=model, on_run=advance
+            )
+        )
+    compared, said = grid(rows), parts(rows, ablations)
     published = []
     if artifact:
         with progress(None, "") as advance:
             published = list(setting.run_artifact(on_run=advance))
         console.print(artifact_table(published))
-    for table in [*paper_tables(rows), claims_table(rows), ablation_table(ablations)]:
+    tables = [*paper_tables(rows), grid_table(compared), claims_table(rows), parts_table(said)]
+    tables.append(ablation_table([row for row in ablations if row.profile == "long"]))
+    for table in tables:
         console.print(table)
-    lines = [row.to_dict() for row in [*rows, *ablations]]
-    write_lines(json_file, [*lines, *(row.to_dict() for row in published)])
+    kinds = ([*rows, *ablations], published, compared, said)
+    write_lines(json_file, [row.to_dict() for members in kinds for row in members])
     if plots is not None:
         print_paths(plot_paper(rows, plots))
 
