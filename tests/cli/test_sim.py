@@ -1,6 +1,7 @@
 """``homkv sim``: commands end with a table, a file or an error that says what to do."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_paper_prints_claims(tmp_path: Path) -> None:
         "--json", str(table), "--plots", str(tmp_path),
     )  # fmt: skip
     assert "71%" in out
-    assert len(table.read_text().splitlines()) == 11 + 9
+    kinds = Counter(json.loads(line)["kind"] for line in table.read_text().splitlines())
+    assert kinds == {"sim-paper": 11 + 5 * 9, "sim-paper-grid": 1, "sim-paper-part": 16}
+    assert "why they differ" in out
     assert (tmp_path / "sim-v100-cocktail.png").exists()
 
 
