@@ -193,7 +193,7 @@ def validate(
 ) -> None:
     """Simulate the requests of real records with their own step times, and compare job completion times."""
     from homkv.sim.fitted import fit
-    from homkv.sim.report import validation_table
+    from homkv.sim.report import validation_phases_table, validation_table
     from homkv.sim.validate import tables
     from homkv.sim.validate import validate as compare
 
@@ -201,7 +201,7 @@ def validate(
         raise UnsupportedError("expected --gpu together with --model, found one of them; give both or none")
     costs_of = fit if gpu is None or model is None else tables(gpu, model)
     rows = [row for record in records for row in compare(record, costs_of)]
-    Console().print(validation_table(rows))
+    Console().print(validation_table(rows), validation_phases_table(rows), sep="\n")
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:
         print_paths(plot_validation(rows, "measured steps" if gpu is None else f"tables of {gpu}", plots))

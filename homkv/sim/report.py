@@ -198,3 +198,14 @@ def validation_table(rows: Sequence[Validation]) -> Table:
         style = "" if v.holds else "red"
         table.add_row(v.run_id, v.kv_cache_dtype, link, str(v.requests), *mean, *p99, style=style)
     return table
+
+
+def validation_phases_table(rows: Sequence[Validation]) -> Table:
+    """Where measured and simulated time went: mean seconds of every phase, measured first."""
+    phases = [
+        p for p in PHASES if any(max(v.measured_phases_s[p], v.simulated_phases_s[p]) >= LEAST_SHOWN_S for v in rows)
+    ]
+    table = _table("Mean seconds of every phase, measured | simulated", ["run"], [p.removesuffix("_s") for p in phases])
+    for v in rows:
+        table.add_row(v.run_id, *(f"{v.measured_phases_s[p]:.2f} | {v.simulated_phases_s[p]:.2f}" for p in phases))
+    return table

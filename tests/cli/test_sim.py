@@ -82,7 +82,9 @@ def test_validate_checks(tmp_path: Path) -> None:
     step = {"kind": "step", "run_id": "small", "batch": 1, "tokens": 14_000, "seconds": 100.0}
     with record.open("a") as file:
         file.writelines(json.dumps({**step, "stage": stage}) + "\n" for stage in ("prefill", "decode"))
-    assert "error" in invoke("validate", str(record), "--plots", str(tmp_path))
+    out = invoke("validate", str(record), "--plots", str(tmp_path))
+    assert "error" in out
+    assert "measured | simulated" in out
     invoke("validate", str(record), "--check", code=1)
     assert (tmp_path / "sim-validation.png").exists()
     # Simulated with the tables, validated against the tables: the same.
