@@ -1,7 +1,7 @@
 """``homkv sim``: prefill and decode instances simulated from measured step times."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -113,16 +113,11 @@ def paper(
     if any(not 0 < x < 100 for x in loads):
         raise UnsupportedError(f"expected loads above 0 of the 16-bit system's capacity, found {loads}")
     console = Console()
+    common: dict[str, Any] = {"num_requests": requests, "seed": seed, "model": model}
     with progress(len(gpus) * len(names) * len(loads) * len(setting.VARIANTS), "") as advance:
-        rows = list(
-            setting.run_paper(gpus, names, loads, num_requests=requests, seed=seed, model=model, on_run=advance)
-        )
+        rows = list(setting.run_paper(gpus, names, loads, on_run=advance, **common))
     with progress(5 * (len(setting.ABLATIONS) + 1), "") as advance:
-        ablations = list(
-            setting.run_ablations(
-                names=("long", *DATA_SETS), num_requests=requests, seed=seed, model=model, on_run=advance
-            )
-        )
+        ablations = list(setting.run_ablations(names=("long", *DATA_SETS), on_run=advance, **common))
     compared, said = grid(rows), parts(rows, ablations)
     published = []
     if artifact:

@@ -197,8 +197,20 @@ class JctBench:
         except HomkvError as error:
             self.skipped.append(f"{run_id}: {type(error).__name__}: {error}")
             return
-        info = RunInfo(
+        info = msgspec.structs.replace(
+            self._described(name, link, overlap),
             run_id=run_id,
+            peak_kv_bytes=peak_kv_bytes(finished),
+            peak_memory_bytes=memory.peak_bytes or None,
+        )
+        steps = [msgspec.structs.replace(step, run_id=run_id) for step in self._steps.get(name, [])]
+        write_record(options.record, [info, *steps, *(f.record(run_id) for f in finished)], append=True)
+
+    def _described(self, name: str, link: float, overlap: bool) -> RunInfo:
+        """What is said of every run of a format on a link, as of now."""
+        options = self.options
+        return RunInfo(
+            run_id="",
             source="replay",
             model=options.model,
             kv_cache_dtype=name,
@@ -210,8 +222,6 @@ class JctBench:
             background_pack=True,
             num_layers=self._num_layers,
             reserves_early=True,
-            peak_kv_bytes=peak_kv_bytes(finished),
-            peak_memory_bytes=memory.peak_bytes or None,
             unix_time=int(time.time()),
             options={
                 "case": f"{link:g} Gb/s",
@@ -221,8 +231,6 @@ class JctBench:
                 "load_average": " ".join(f"{x:.1f}" for x in os.getloadavg()),
             },
         )
-        steps = [msgspec.structs.replace(step, run_id=run_id) for step in self._steps.get(name, [])]
-        write_record(options.record, [info, *steps, *(f.record(run_id) for f in finished)], append=True)
 
 
 def num_cores() -> int:
