@@ -199,6 +199,7 @@ def validate(
     Console().print(validation_table(rows), validation_phases_table(rows), sep="\n")
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:
-        print_paths(plot_validation(rows, "measured steps" if gpu is None else f"tables of {gpu}", plots))
+        source = "measured steps" if gpu is None else f"tables of {gpu}"
+        print_paths(plot_validation(rows, source, plots, records[0]))
     if check and not all(row.holds for row in rows):
         raise typer.Exit(1)

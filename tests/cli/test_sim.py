@@ -86,7 +86,7 @@ def test_validate_checks(tmp_path: Path) -> None:
     assert "error" in out
     assert "measured | simulated" in out
     invoke("validate", str(record), "--check", code=1)
-    assert (tmp_path / "sim-validation.png").exists()
+    assert (tmp_path / "sim-validation-r.png").exists()
     # Simulated with the tables, validated against the tables: the same.
     invoke("validate", str(record), "--gpu", "h100", "--model", "llama-8b", "--check")
 
