@@ -5,6 +5,7 @@ from torch import Tensor
 
 from homkv.attention.view import LayerView
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
+from homkv.formats.meter import OVERHEAD
 from homkv.formats.restored import RestoredCodec
 
 
@@ -26,7 +27,8 @@ def sequence_parts(view: LayerView, b: int, codec: PageCodec) -> tuple[Tensor, T
     k, v = view.exact_k[slot, :, :length], view.exact_v[slot, :, :length]
     sinks = min(codec.num_sinks, length)
     first = sinks + n * codec.page_tokens
-    k_win, v_win = codec.see_window(k[:, sinks:], v[:, sinks:], first)
+    with OVERHEAD.running():
+        k_win, v_win = codec.see_window(k[:, sinks:], v[:, sinks:], first)
     return (
         pages,
         torch.cat((k[:, :sinks].to(k_win.dtype), k_win), 1),
@@ -40,7 +42,8 @@ def _one_sequence(
     """``q [G, R, D]`` over one sequence: ``o [G, R, D]``, ``lse [G, R]``, in q's dtype."""
     pages, k, v = parts
     if isinstance(codec, RestoredCodec):  # once for both products
-        restored = codec.dense(pages, q.dtype)
+        with OVERHEAD.running():
+            restored = codec.dense(pages, q.dtype)
         k, v = (torch.cat((x, exact.to(q.dtype)), 1) for x, exact in zip(restored, (k, v), strict=True))
         pages = pages[:, :0]
     n = pages.shape[1]

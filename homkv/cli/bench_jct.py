@@ -26,6 +26,9 @@ def jct(
     links: Annotated[list[float] | None, typer.Option("--link-gbps", help="Rate of the link; repeat.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Requests of a trace file, instead of --prompt-tokens.")] = None,
     token_scale: Annotated[float, typer.Option(help="Lengths of the trace times this.")] = 1.0,
+    answer_scale: Annotated[
+        float | None, typer.Option(help="Answers of the trace times this. Default: as prompts.")
+    ] = None,
     requests: Annotated[int, typer.Option(help="Requests per run; the first ones of a trace.")] = 10,
     rate: Annotated[float, typer.Option(help="Arrivals per second, a Poisson process.")] = 0.25,
     prompt_tokens: Annotated[str, typer.Option(help="Range of prompt lengths.")] = "256-768",
@@ -51,13 +54,13 @@ def make_options(values: dict[str, Any]) -> "JctOptions":
 
     for name in ("real", "plots"):
         values.pop(name, None)
-    trace, tokens = values.pop("trace", None), values.pop("token_scale")
+    trace, tokens, answers = values.pop("trace", None), values.pop("token_scale"), values.pop("answer_scale", None)
     count, rate, seed = values.pop("requests"), values.pop("rate"), values["seed"]
     prompt, output = (parse_range(values.pop(name)) for name in ("prompt_tokens", "max_new_tokens"))
     requests = (
         uniform_requests(count, prompt, output, rate, seed)
         if trace is None
-        else trace_requests(trace, count, rate, tokens, seed)
+        else trace_requests(trace, count, rate, tokens, seed, answers)
     )
     formats = values.pop("formats", FORMATS) + (ABLATIONS if values.pop("ablations") else ())
     overlaps = overlaps_of(values.pop("overlap"))

@@ -1,7 +1,7 @@
 """``homkv sim``: prefill and decode instances simulated from measured step times."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -105,28 +105,31 @@ def paper(
 ) -> None:
     """Simulate HACK's experiment (five prefill GPUs, A100 decode) beside the numbers that it claims."""
     from homkv.sim import paper as setting
-    from homkv.sim.report import ablation_table, artifact_table, claims_table, paper_tables
+    from homkv.sim.claims import DATA_SETS, grid, parts
+    from homkv.sim.report import ablation_table, artifact_table, claims_table, grid_table, paper_tables, parts_table
 
     gpus, names = prefill_gpu or setting.PREFILL_GPUS, profile or setting.PROFILES
     loads = load or setting.LOADS
     if any(not 0 < x < 100 for x in loads):
         raise UnsupportedError(f"expected loads above 0 of the 16-bit system's capacity, found {loads}")
     console = Console()
+    common: dict[str, Any] = {"num_requests": requests, "seed": seed, "model": model}
     with progress(len(gpus) * len(names) * len(loads) * len(setting.VARIANTS), "") as advance:
-        rows = list(
-            setting.run_paper(gpus, names, loads, num_requests=requests, seed=seed, model=model, on_run=advance)
-        )
-    with progress(len(setting.ABLATIONS), "") as advance:
-        ablations = list(setting.run_ablations(num_requests=requests, seed=seed, model=model, on_run=advance))
+        rows = list(setting.run_paper(gpus, names, loads, on_run=advance, **common))
+    with progress(5 * (len(setting.ABLATIONS) + 1), "") as advance:
+        ablations = list(setting.run_ablations(names=("long", *DATA_SETS), on_run=advance, **common))
+    compared, said = grid(rows), parts(rows, ablations)
     published = []
     if artifact:
         with progress(None, "") as advance:
             published = list(setting.run_artifact(on_run=advance))
         console.print(artifact_table(published))
-    for table in [*paper_tables(rows), claims_table(rows), ablation_table(ablations)]:
+    tables = [*paper_tables(rows), grid_table(compared), claims_table(rows), parts_table(said)]
+    tables.append(ablation_table([row for row in ablations if row.profile == "long"]))
+    for table in tables:
         console.print(table)
-    lines = [row.to_dict() for row in [*rows, *ablations]]
-    write_lines(json_file, [*lines, *(row.to_dict() for row in published)])
+    kinds = ([*rows, *ablations], published, compared, said)
+    write_lines(json_file, [row.to_dict() for members in kinds for row in members])
     if plots is not None:
         print_paths(plot_paper(rows, plots))
 
@@ -185,7 +188,7 @@ def validate(
 ) -> None:
     """Simulate the requests of real records with their own step times, and compare job completion times."""
     from homkv.sim.fitted import fit
-    from homkv.sim.report import validation_table
+    from homkv.sim.report import validation_phases_table, validation_table
     from homkv.sim.validate import tables
     from homkv.sim.validate import validate as compare
 
@@ -193,9 +196,10 @@ def validate(
         raise UnsupportedError("expected --gpu together with --model, found one of them; give both or none")
     costs_of = fit if gpu is None or model is None else tables(gpu, model)
     rows = [row for record in records for row in compare(record, costs_of)]
-    Console().print(validation_table(rows))
+    Console().print(validation_table(rows), validation_phases_table(rows), sep="\n")
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:
-        print_paths(plot_validation(rows, "measured steps" if gpu is None else f"tables of {gpu}", plots))
+        source = "measured steps" if gpu is None else f"tables of {gpu}"
+        print_paths(plot_validation(rows, source, plots, records[0]))
     if check and not all(row.holds for row in rows):
         raise typer.Exit(1)

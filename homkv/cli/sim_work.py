@@ -138,15 +138,15 @@ def write_runs(path: Path, base: "Scenario", outcomes: "dict[str, Outcome]", see
         write_record(path, outcome.tally.records(name), append=True)
 
 
-def plot_validation(rows: "Sequence[Validation]", source: str, folder: Path) -> list[Path]:
-    """Simulated over measured JCT of every request, a colour per format; returns the files."""
+def plot_validation(rows: "Sequence[Validation]", source: str, folder: Path, record: Path) -> list[Path]:
+    """Simulated over measured JCT of every request, a colour per format; returns the files, named after ``record``."""
     from homkv.sim.plots import agreement, save
 
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         link = "device to device" if row.link_gbps is None else "TCP"
         points.setdefault(f"{row.kv_cache_dtype}, {link}", []).extend(row.pairs)
-    return save(agreement(points, f"JCT, simulated from {source}"), folder, "sim-validation")
+    return save(agreement(points, f"JCT, simulated from {source}"), folder, f"sim-validation-{record.stem}")
 
 
 def print_paths(paths: Iterable[Path]) -> None:

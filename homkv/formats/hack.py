@@ -10,6 +10,7 @@ from torch import Tensor
 
 from homkv.errors import UnsupportedError
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
+from homkv.formats.meter import OVERHEAD
 from homkv.formats.minmax import (
     Operand,
     cut,
@@ -153,7 +154,8 @@ class HackCodec(PageCodec):
     def _code_sum(self, pages: Tensor, name: str, code: Tensor, *, flat: bool) -> Tensor:
         """Stored sums, or without summation elimination the sums of the codes, taken anew at every use."""
         if not self.options.summation_elimination:
-            return code.sum(-1, dtype=torch.int32)
+            with OVERHEAD.running():
+                return code.sum(-1, dtype=torch.int32)
         stored = self.record.read(pages, name)
         return stored.flatten(-3, -2) if flat else stored.transpose(-1, -2)
 
@@ -202,6 +204,7 @@ class HackCodec(PageCodec):
         num_tokens = v.shape[-2]
         if self.options.requantization_elimination or num_tokens == 0:
             return v
-        noise = self._noise(WINDOW_STREAM + num_tokens, first_position, num_tokens, v.device)
-        channels = quantize(v.transpose(-1, -2), self.options.bits, None if noise is None else noise.T)
-        return channels.dense(torch.float32).transpose(-1, -2).to(v.dtype)
+        with OVERHEAD.running():
+            noise = self._noise(WINDOW_STREAM + num_tokens, first_position, num_tokens, v.device)
+            channels = quantize(v.transpose(-1, -2), self.options.bits, None if noise is None else noise.T)
+            return channels.dense(torch.float32).transpose(-1, -2).to(v.dtype)

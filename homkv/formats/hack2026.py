@@ -11,6 +11,7 @@ from torch import Tensor
 from homkv.errors import UnsupportedError
 from homkv.formats.base import EIGHT_BIT, PageCodec, Rounding
 from homkv.formats.hack import BITS, CHANNEL_ALIGN, GROUP_SIZES
+from homkv.formats.meter import OVERHEAD
 from homkv.formats.minmax import cut, homomorphic_product, quantize, quantize_eight_bit, unrounded, without_scale
 from homkv.formats.options import FLAG, Options, Switch
 from homkv.formats.record import PageRecord, Section, codes, sums
@@ -133,8 +134,10 @@ class Hack2026Codec(PageCodec):
         acc = homomorphic_product(
             quantize_eight_bit(folded) if rounding.q else unrounded(folded), without_scale(code, code_sum), dtype
         )
-        minimum = q @ self._number(pages, "k_minimum", dtype).transpose(-1, -2)  # [..., R, N]
-        return acc.transpose(-2, -3).flatten(-2) + minimum.repeat_interleave(self.page_tokens, -1)
+        with OVERHEAD.running():
+            minimum = q @ self._number(pages, "k_minimum", dtype).transpose(-1, -2)  # [..., R, N]
+            correction = minimum.repeat_interleave(self.page_tokens, -1)
+        return acc.transpose(-2, -3).flatten(-2) + correction
 
     def weigh(
         self, p: Tensor, pages: Tensor, rounding: Rounding = EIGHT_BIT, dtype: torch.dtype = torch.float32
@@ -152,12 +155,14 @@ class Hack2026Codec(PageCodec):
             without_scale(codes_of_part, self._partitioned(v_sum).unsqueeze(-1)),
             dtype,
         )  # [..., N, parts, R, partition]
-        minimum = blocks @ self._number(pages, "v_minimum", dtype)  # [..., N, R, parts]
-        out = acc.sum(-4).transpose(-2, -3) + minimum.sum(-3).unsqueeze(-1)
+        with OVERHEAD.running():
+            minimum = (blocks @ self._number(pages, "v_minimum", dtype)).sum(-3)  # [..., R, parts]
+        out = acc.sum(-4).transpose(-2, -3) + minimum.unsqueeze(-1)
         return out.flatten(-2)
 
     def _code_sum(self, pages: Tensor, name: str, code: Tensor, dim: int) -> Tensor:
         """Stored sums, or without summation elimination the sums of the codes, taken anew at every use."""
         if not self.options.summation_elimination:
-            return code.sum(dim, dtype=torch.int32)
+            with OVERHEAD.running():
+                return code.sum(dim, dtype=torch.int32)
         return self.record.read(pages, name)

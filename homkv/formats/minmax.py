@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from homkv.errors import FormatError
+from homkv.formats.meter import OVERHEAD
 from homkv.quant import require_finite
 
 SMALLEST_SCALE = 2.0**-24  # smallest positive fp16: a constant partition keeps a divisor
@@ -72,7 +73,8 @@ def homomorphic_product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     acc = _partition_dots(a.code, b.code, dtype)  # [..., parts, Ra, Rb]
     a_scale, a_minimum, a_sum = (x.to(dtype).transpose(-1, -2).unsqueeze(-1) for x in (a.scale, a.minimum, a.code_sum))
     b_scale, b_minimum, b_sum = (x.to(dtype).transpose(-1, -2).unsqueeze(-2) for x in (b.scale, b.minimum, b.code_sum))
-    correction = b_minimum * (a_scale * a_sum) + a_minimum * (b_scale * b_sum + a.code.shape[-1] * b_minimum)
+    with OVERHEAD.running():
+        correction = b_minimum * (a_scale * a_sum) + a_minimum * (b_scale * b_sum + a.code.shape[-1] * b_minimum)
     return (a_scale * b_scale * acc + correction).sum(-3)
 
 

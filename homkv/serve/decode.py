@@ -67,6 +67,7 @@ class _Request:
     sender: bytes | None = None  # the connection whose frame came first; no other may feed this request
     verified_s: float = 0.0
     first_token_s: float = 0.0
+    overhead_s: float = 0.0  # of the engine, at the first token
     next_token: int = 0
     num_sent: int = 0
 
@@ -328,7 +329,7 @@ class DecodeInstance:
             self._fail(request, error)
             return
         request.engine.publish(request.seq, request.keys)
-        request.first_token_s = time.monotonic()
+        request.first_token_s, request.overhead_s = time.monotonic(), request.engine.overhead_s() or 0.0
         self._emit(request, finish.choice, None)
 
     def _lose(self, peer: bytes) -> None:
@@ -368,20 +369,19 @@ class DecodeInstance:
 
     def _emit(self, request: _Request, choice: Choice, logits: torch.Tensor | None) -> None:
         """Stream a token; end the request at its last one."""
-        ask, index = request.ask, request.num_sent
+        ask, index, at = request.ask, request.num_sent, request.ask.first_index + request.num_sent
         data = logits.numpy().tobytes() if ask.return_logits and logits is not None else None
         evidence = request.engine.evidence(request.seq) if ask.return_evidence and index == 0 else None
         stop = ask.forced_ids is None and not ask.ignore_eos and choice.token in self._stop_tokens()
         last: FinishReason | None = "stop" if stop else "length" if index + 1 == ask.max_new_tokens else None
-        token = Token(ask.request_id, ask.first_index + index, choice, data, evidence, last)
-        self.listener.send(request.client, token)
+        self.listener.send(request.client, Token(ask.request_id, at, choice, data, evidence, last))
         request.next_token = choice.token if ask.forced_ids is None else ask.forced_ids[index]
         request.num_sent += 1
         if last is not None:
-            times = DecodeTimes(request.verified_s, request.first_token_s, time.monotonic())
-            kv_bytes, total = request.engine.kv_bytes(request.seq), ask.first_index + request.num_sent
+            kv_bytes, overhead_s = request.engine.kv_bytes(request.seq), request.engine.overhead_s(request.overhead_s)
+            times = DecodeTimes(request.verified_s, request.first_token_s, time.monotonic(), overhead_s)
             self._close(request)
-            self.listener.send(request.client, Done(ask.request_id, total, kv_bytes, times, last))
+            self.listener.send(request.client, Done(ask.request_id, at + 1, kv_bytes, times, last))
 
     def _stop_tokens(self) -> set[int]:
         stop = self.loaded.model.generation_config.eos_token_id

@@ -10,6 +10,7 @@ from homkv.attention import api
 from homkv.cache import PagedCache
 from homkv.errors import CapacityError, HomkvError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
+from homkv.formats.meter import OVERHEAD
 from homkv.formats.per_layer import require_model
 from homkv.hf import KVCache
 from homkv.models import LoadedModel
@@ -117,6 +118,13 @@ class Engine(ABC):
     @abstractmethod
     def free(self, seq: int) -> None:
         """Give the room back."""
+
+    def overhead_s(self, since_s: float = 0.0) -> float | None:
+        """Seconds that this process has spent on restoring or correcting, beyond ``since_s``.
+
+        None where a kernel does not tell it apart.
+        """
+        return OVERHEAD.seconds - since_s if api.resolve_impl(self.codec, None) == "reference" else None
 
     @abstractmethod
     def kv_bytes(self, seq: int) -> int:

@@ -158,6 +158,7 @@ class DecodeTimes(msgspec.Struct, frozen=True):
     verified_s: float  # the last layer was verified and stored
     first_token_s: float
     done_s: float
+    overhead_s: float | None = None  # restoring or correcting in between; None: its kernels do not tell it apart
 
 
 class Done(_Message, frozen=True):

@@ -122,7 +122,7 @@ def _run(scenario: Scenario, requests: Sequence[Request]) -> Summary:
 
 def run_ablations(
     prefill_gpu: str = "a100",
-    name: str = "long",
+    names: Sequence[str] = ("long",),
     load: float = 0.9,
     num_requests: int = 500,
     seed: int = 0,
@@ -132,7 +132,7 @@ def run_ablations(
     """HACK without each of its eliminations and with other partitions, and our pages with a dequantizing kernel."""
     variants = [(kv, kv in OVERLAPPED or kv.startswith("dequant")) for kv in ABLATIONS]
     variants.append(("balanced", False))
-    yield from run_paper((prefill_gpu,), (name,), (load,), variants, num_requests, seed, model, on_run)
+    yield from run_paper((prefill_gpu,), names, (load,), variants, num_requests, seed, model, on_run)
 
 
 def reductions(rows: Sequence[PaperRow], of: tuple[str, bool], against: tuple[str, bool]) -> dict[Place, float]:

@@ -110,15 +110,22 @@ def poisson_arrivals(requests: Iterable[Request], requests_per_s: float, seed: i
 
 
 def scaled(
-    requests: Iterable[Request], *, tokens: float = 1.0, speed: float = 1.0, limit: int | None = None
+    requests: Iterable[Request],
+    *,
+    tokens: float = 1.0,
+    answers: float | None = None,
+    speed: float = 1.0,
+    limit: int | None = None,
 ) -> list[Request]:
-    """The first ``limit`` requests, prompts and answers times ``tokens`` (at least 1), arrivals ``speed`` times faster.
+    """The first ``limit`` requests, arrivals ``speed`` times faster, lengths (at least 1) times a factor.
 
+    Prompts are multiplied by ``tokens``, answers by ``answers``, None meaning ``tokens``.
     What a small machine needs to replay a large one's trace. Prefix blocks are dropped when lengths change.
     """
     out = []
     for request in itertools.islice(requests, limit):
-        prompt, output = (max(1, round(n * tokens)) for n in (request.prompt_tokens, request.output_tokens))
+        prompt = max(1, round(request.prompt_tokens * tokens))
+        output = max(1, round(request.output_tokens * (tokens if answers is None else answers)))
         blocks = request.prefix_blocks if tokens == 1.0 else ()
         out.append(Request(request.request_id, request.arrival_s / speed, prompt, output, blocks))
     return out

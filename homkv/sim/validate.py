@@ -1,6 +1,6 @@
 """Simulated against real: the requests of a record, run through the simulator with step times of the same machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from homkv.sim.engine import System, simulate
 from homkv.sim.fitted import fit, handoff_s
 from homkv.sim.formats import make_format
 from homkv.sim.hardware import find_gpu, find_model
-from homkv.sim.record import PHASES, Run, read_record
+from homkv.sim.record import PHASES, RequestRecord, Run, read_record
 from homkv.sim.roofline import RooflineCosts
 from homkv.sim.trace import Request
 
@@ -62,11 +62,16 @@ CostsOf = Callable[[Run], Costs]
 
 
 def validate(path: Path, costs_of: CostsOf = fit) -> list[Validation]:
-    """Every run of a record. ``costs_of``: step times, by default fitted to each run's own step lines.
+    """Every run of a record; turns of one configuration (run ids that differ in ``/0``, ``/1`` … only) are pooled.
 
-    Raises TraceError for a record that cannot be used.
+    ``costs_of``: step times, by default fitted to each run's own step lines. Raises TraceError for a record that cannot
+    be used.
     """
-    return [validate_run(run, costs_of) for run in read_record(path).values()]
+    groups: dict[str, list[Run]] = {}
+    for run in read_record(path).values():
+        name, _, turn = run.info.run_id.rpartition("/")
+        groups.setdefault(name if name and turn.isdecimal() else run.info.run_id, []).append(run)
+    return [compared(name, runs, costs_of) for name, runs in groups.items()]
 
 
 def tables(gpu: str, model: str) -> CostsOf:
@@ -78,29 +83,36 @@ def tables(gpu: str, model: str) -> CostsOf:
     return lambda run: RooflineCosts(shape, make_format(run.info.kv_cache_dtype, shape.head_dim), machine, machine)
 
 
-def validate_run(run: Run, costs_of: CostsOf = fit) -> Validation:
-    """Simulate one run's requests at their recorded arrivals."""
-    if len(run.requests) < MIN_REQUESTS:
-        raise TraceError(f"run {run.info.run_id!r}: expected at least two requests, found {len(run.requests)}")
-    real = sorted(run.requests, key=lambda r: r.arrival_s)
-    requests = [Request(r.request_id, r.arrival_s, r.prompt_tokens, r.output_tokens) for r in real]
-    tally = simulate(system_of(run, costs_of(run)), requests).tally
-    simulated = dict(zip(tally.ids, tally.column("jct_s").tolist(), strict=True))
-    pairs = [(r.jct_s, simulated[r.request_id]) for r in real]
-    measured_jct, simulated_jct = (np.array(values) for values in zip(*pairs, strict=True))
+def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit) -> Validation:
+    """Runs of one configuration, each simulated by itself, taken together."""
+    pairs = [pair for run in runs for pair in simulated(run, costs_of)]
+    measured_jct, simulated_jct = (np.array([r.jct_s for r in side]) for side in zip(*pairs, strict=True))
+    measured_phases, simulated_phases = (
+        {name: float(np.mean([getattr(r, name) for r in side])) for name in PHASES} for side in zip(*pairs, strict=True)
+    )
     return Validation(
-        run_id=run.info.run_id,
-        kv_cache_dtype=run.info.kv_cache_dtype,
-        link_gbps=run.info.link_gbps,
-        requests=len(real),
+        run_id=run_id,
+        kv_cache_dtype=runs[0].info.kv_cache_dtype,
+        link_gbps=runs[0].info.link_gbps,
+        requests=len(pairs),
         measured_jct_s=float(measured_jct.mean()),
         simulated_jct_s=float(simulated_jct.mean()),
         measured_p99_s=float(np.percentile(measured_jct, 99)),
         simulated_p99_s=float(np.percentile(simulated_jct, 99)),
-        measured_phases_s={name: float(np.mean([getattr(r, name) for r in real])) for name in PHASES},
-        simulated_phases_s={name: float(tally.column(name).mean()) for name in PHASES},
-        pairs=pairs,
+        measured_phases_s=measured_phases,
+        simulated_phases_s=simulated_phases,
+        pairs=[(real.jct_s, found.jct_s) for real, found in pairs],
     )
+
+
+def simulated(run: Run, costs_of: CostsOf = fit) -> list[tuple[RequestRecord, RequestRecord]]:
+    """One run's requests at their recorded arrivals, as measured and as simulated. Raises TraceError for too few."""
+    if len(run.requests) < MIN_REQUESTS:
+        raise TraceError(f"run {run.info.run_id!r}: expected at least two requests, found {len(run.requests)}")
+    real = sorted(run.requests, key=lambda r: r.arrival_s)
+    requests = [Request(r.request_id, r.arrival_s, r.prompt_tokens, r.output_tokens) for r in real]
+    found = {r.request_id: r for r in simulate(system_of(run, costs_of(run)), requests).tally.records(run.info.run_id)}
+    return [(r, found[r.request_id]) for r in real]
 
 
 def system_of(run: Run, costs: Costs) -> System:

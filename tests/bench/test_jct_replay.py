@@ -14,17 +14,17 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from homkv.bench.jct.plots import plot
-from homkv.bench.jct.replay import Prompt, cut_prompts
+from homkv.bench.jct.replay import Prompt, cut_prompts, median_gap
 from homkv.bench.jct.report import print_report
 from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, trace_requests, uniform_requests
-from homkv.bench.jct.summary import rate_at_p99, summarize
+from homkv.bench.jct.summary import Summary, rate_at_p99, ratio_interval, summarize
 from homkv.cli import main
 from homkv.cli.bench_jct import parse_range
 from homkv.errors import FormatError, ShapeError, TraceError, TransferError
-from homkv.sim.record import PHASES
+from homkv.sim.record import PHASES, RequestRecord, Run, RunInfo
 from homkv.sim.trace import Request, write_trace
 
-FORMATS = ("fp16", "balanced", "cachegen")
+FORMATS = ("fp16", "balanced", "cachegen", "kivi", "hack:se=0")
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,22 @@ def test_every_format_gets_the_same_requests(folder: Path, tmp_path: Path) -> No
             assert sum(getattr(r, phase) for phase in PHASES) == pytest.approx(r.jct_s, abs=1e-6)
             assert r.ttft_s <= r.jct_s
         assert 0 < (run.info.peak_kv_bytes or 0) <= sum(r.kv_bytes for r in run.requests)
-    exact, ours, cachegen = (sum(r.wire_bytes for r in run.requests) for run in runs)
+    exact, ours, cachegen, *_ = (sum(r.wire_bytes for r in run.requests) for run in runs)
     assert ours < exact
     assert cachegen < exact
+    check_overhead(runs)
     check_report(runs, tmp_path)
+
+
+def check_overhead(runs: list) -> None:
+    """16 bits, and what is restored on arrival, have none; ours does not tell it apart; others pay while decoding."""
+    overhead = {run.info.kv_cache_dtype: [r.dequantize_s for r in run.requests] for run in runs}
+    assert overhead["fp16"] == overhead["cachegen"] == [0.0] * 3
+    assert overhead["balanced"] == [None] * 3
+    for name in ("kivi", "hack:se=0"):
+        for run in runs:
+            if run.info.kv_cache_dtype == name:
+                assert all(0 < r.dequantize_s < r.decode_s for r in run.requests)
 
 
 def check_report(runs: list, tmp_path: Path) -> None:
@@ -100,6 +112,8 @@ def test_traces_are_scaled(tmp_path: Path) -> None:
     found = trace_requests(trace, 3, 2.0, 0.1, seed=0)
     assert [(r.prompt_tokens, r.output_tokens) for r in found] == [(100, 2)] * 3
     assert all(b.arrival_s > a.arrival_s for a, b in itertools.pairwise(found))
+    longer = trace_requests(trace, 3, 2.0, 0.1, seed=0, answers=1.5)
+    assert [(r.prompt_tokens, r.output_tokens) for r in longer] == [(100, 15)] * 3
     with pytest.raises(TraceError):
         trace_requests(tmp_path / "missing.jsonl", 3, 2.0, 0.1, seed=0)
 
@@ -144,6 +158,32 @@ def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
         main()
     assert caught.value.code == 2
     assert "expected --real" in capsys.readouterr().err
+
+
+def run_of(name: str, turn: int, times: list[float]) -> Run:
+    info = RunInfo(run_id=f"{name}/{turn}", source="replay", model="m", kv_cache_dtype=name, command="", machine="")
+    zero = dict.fromkeys([*PHASES, "arrival_s", "ttft_s", "tpot_s"], 0.0)
+    counts = dict.fromkeys(["prompt_tokens", "output_tokens", "wire_bytes", "kv_bytes"], 1)
+    requests = [
+        RequestRecord(run_id=info.run_id, request_id=str(i), jct_s=jct_s, **zero, **counts)
+        for i, jct_s in enumerate(times)
+    ]
+    return Run(info, tuple(requests))
+
+
+def test_intervals_are_of_pairs() -> None:
+    """Half of everything is half whichever requests are drawn; unequal gains leave a range around the mean."""
+    base = Summary("c", "fp16", tuple(run_of("fp16", turn, [1.0, 5.0, 2.0]) for turn in range(2)))
+    half = Summary("c", "a", tuple(run_of("a", turn, [0.5, 2.5, 1.0]) for turn in range(2)))
+    assert ratio_interval(half, base) == pytest.approx((0.5, 0.5))
+    mixed = Summary("c", "b", (run_of("b", 0, [1.0, 2.5, 1.0]),))
+    low, high = ratio_interval(mixed, base) or (0.0, 0.0)
+    assert 0.5 <= low < 4.5 / 8 < high <= 1.0
+    assert ratio_interval(Summary("c", "b", (run_of("b", 0, [1.0, 2.0]),)), base) is None
+
+
+def test_one_disturbed_step_does_not_count() -> None:
+    assert median_gap([0.0, 0.1, 0.2, 5.0, 5.1, 5.2]) == pytest.approx(0.1)
 
 
 def test_rates_at_equal_p99() -> None:

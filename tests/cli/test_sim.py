@@ -1,6 +1,7 @@
 """``homkv sim``: commands end with a table, a file or an error that says what to do."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_paper_prints_claims(tmp_path: Path) -> None:
         "--json", str(table), "--plots", str(tmp_path),
     )  # fmt: skip
     assert "71%" in out
-    assert len(table.read_text().splitlines()) == 11 + 9
+    kinds = Counter(json.loads(line)["kind"] for line in table.read_text().splitlines())
+    assert kinds == {"sim-paper": 11 + 5 * 9, "sim-paper-grid": 1, "sim-paper-part": 16}
+    assert "why they differ" in out
     assert (tmp_path / "sim-v100-cocktail.png").exists()
 
 
@@ -79,9 +82,11 @@ def test_validate_checks(tmp_path: Path) -> None:
     step = {"kind": "step", "run_id": "small", "batch": 1, "tokens": 14_000, "seconds": 100.0}
     with record.open("a") as file:
         file.writelines(json.dumps({**step, "stage": stage}) + "\n" for stage in ("prefill", "decode"))
-    assert "error" in invoke("validate", str(record), "--plots", str(tmp_path))
+    out = invoke("validate", str(record), "--plots", str(tmp_path))
+    assert "error" in out
+    assert "measured | simulated" in out
     invoke("validate", str(record), "--check", code=1)
-    assert (tmp_path / "sim-validation.png").exists()
+    assert (tmp_path / "sim-validation-r.png").exists()
     # Simulated with the tables, validated against the tables: the same.
     invoke("validate", str(record), "--gpu", "h100", "--model", "llama-8b", "--check")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simpy
 
 from homkv.errors import CapacityError, TraceError
 from homkv.sim.engine import Outcome, System, simulate
@@ -163,6 +164,33 @@ def test_prefix_cache_saves_prefill_and_forgets(round_costs: Any) -> None:
     whole = [Request(str(i), 100.0 * i, 512, 2, (7,)) for i in range(2)]
     again = simulate(System(round_costs(), prefix_bytes=10**9), whole)
     assert again.cached_tokens == 511  # the last token must be computed
+
+
+def test_events_do_not_grow_with_requests_or_tokens(round_costs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why a million requests take seconds: a request is a handful of events, however many come and long they are."""
+
+    class Counting(simpy.Environment):
+        count = 0
+
+        def step(self) -> None:
+            Counting.count += 1
+            super().step()
+
+    def events(requests: list[Request]) -> float:
+        Counting.count = 0
+        simulate(System(round_costs(), 2, 2, 0.1, 0.1), requests)
+        return Counting.count / len(requests)
+
+    monkeypatch.setattr("homkv.sim.engine.simpy.Environment", Counting)
+    few, many = events(some_requests(300)), events(some_requests(3000))
+    assert few < 20
+    assert many == pytest.approx(few, rel=0.1)
+    longer = [replace_answer(request, 30) for request in some_requests(300, rate=0.1)]
+    assert events(longer) <= events(some_requests(300, rate=0.1)) * 1.3
+
+
+def replace_answer(request: Request, factor: int) -> Request:
+    return Request(request.request_id, request.arrival_s, request.prompt_tokens, request.output_tokens * factor)
 
 
 def test_refuses_what_cannot_end(round_costs: Any) -> None:

@@ -54,6 +54,23 @@ def test_a_faithful_record_is_reproduced(tmp_path: Path, round_costs: Any) -> No
         assert found.simulated_phases_s[phase] == pytest.approx(measured, abs=1e-6)
 
 
+def test_turns_of_one_configuration_are_pooled(tmp_path: Path, round_costs: Any) -> None:
+    costs, paths = round_costs(), []
+    for turn in ("a/0", "a/1", "b"):
+        run = read_record(recorded(tmp_path / "r.jsonl", costs))["r"]
+        lines = [run.info, *run.steps, *run.requests]
+        paths.append(tmp_path / f"{turn[0]}.jsonl")
+        write_record(paths[-1], [msgspec.structs.replace(line, run_id=turn) for line in lines], append=True)
+    first, *_ = validate(tmp_path / "r.jsonl")
+    (both,) = validate(paths[0])
+    assert (both.run_id, both.requests) == ("a", 400)
+    assert both.pairs == first.pairs * 2
+    assert both.measured_jct_s == pytest.approx(first.measured_jct_s)
+    assert both.measured_phases_s == pytest.approx(first.measured_phases_s)
+    (alone,) = validate(paths[2])
+    assert (alone.run_id, alone.requests) == ("b", 200)
+
+
 def test_another_link_is_noticed(tmp_path: Path, round_costs: Any) -> None:
     (found,) = validate(recorded(tmp_path / "r.jsonl", round_costs(), link_gbps=0.001))
     assert not found.holds

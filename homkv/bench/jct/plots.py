@@ -13,7 +13,10 @@ COLOURS = ("#b0b0b0", "#222222", "#edae49", "#d1495b", "#8d5a2b", "#6f58c9", "#2
 
 
 def plot(summaries: Sequence[Summary], folder: Path, stem: str, title: str) -> list[Path]:
-    """One panel per case, one bar per format, one colour per phase; PNG and SVG. Returns the files."""
+    """One panel per case, one bar per format, one colour per phase; PNG and SVG. Returns the files.
+
+    What restoring or correcting took of decoding, where it was told apart, is hatched.
+    """
     cases = list(dict.fromkeys(s.case for s in summaries))
     if not cases:
         return []
@@ -28,6 +31,11 @@ def plot(summaries: Sequence[Summary], folder: Path, stem: str, title: str) -> l
             widths = [s.shares()[phase] for s in bars]
             axis.barh([s.name for s in bars], widths, left=left, color=colour, label=phase.removesuffix("_s"))
             left = [a + b for a, b in zip(left, widths, strict=True)]
+        extra = [s.dequantize_s or 0.0 for s in bars]
+        start = [end - share for end, share in zip(left, extra, strict=True)]
+        axis.barh(
+            [s.name for s in bars], extra, left=start, color="none", edgecolor="white", hatch="////", label="restore"
+        )
         axis.plot([s.percentile("jct_s", 99) for s in bars], [s.name for s in bars], "k|", markersize=9, label="P99")
         axis.invert_yaxis()
         axis.set_title(case, fontsize=8)

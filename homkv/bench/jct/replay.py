@@ -1,5 +1,7 @@
 """Replays on this machine: two processes, a real model, a shaped link, the same requests for every format."""
 
+import itertools
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +59,11 @@ class Finished:
         assert answer.prefill is not None
         assert answer.decode is not None
         late_s = max(answer.submitted_s - self.arrival_s, 0.0)
-        phases = answer.phases_s()
+        phases, decode_s, overhead_s = (
+            answer.phases_s(),
+            answer.arrived_s[-1] - answer.arrived_s[0],
+            answer.decode.overhead_s,
+        )
         return RequestRecord(
             run_id=run_id,
             request_id=request.request_id,
@@ -70,7 +76,8 @@ class Finished:
             transfer_s=phases["send"],
             unpack_s=phases["verify"],
             wait_s=phases["first_token"],
-            decode_s=answer.arrived_s[-1] - answer.arrived_s[0],
+            decode_s=decode_s,
+            dequantize_s=None if overhead_s is None else min(overhead_s, decode_s),
             ttft_s=answer.ttft_s + late_s,
             tpot_s=answer.tpot_s,
             jct_s=answer.arrived_s[-1] - answer.submitted_s + late_s,
@@ -123,7 +130,7 @@ def replay(
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Finished]:
     """Send every request at its time and wait for all. Raises what the first failed request raised."""
-    start_s = time.monotonic() + LEAD_S
+    start_s = time.monotonic() + LEAD_S - min(r.arrival_s for r in requests)  # the first one comes at once
 
     def run(request: Request, prompt: Prompt) -> Finished:
         arrival_s = start_s + request.arrival_s
@@ -173,10 +180,11 @@ class MemoryWatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Lengths at which steps are timed."""
+    """Lengths at which steps are timed: each alone, the middle one also by ``batch`` sequences that decode together."""
 
     prompts: tuple[int, ...]
     batch: int = 2
+    answer: int = 8
     min_steps: int = 4
     max_tokens: int = 160
 
@@ -191,7 +199,7 @@ def time_steps(
         out.append(StepSample(run_id="", stage=stage, batch=batch, tokens=tokens, seconds=seconds))  # type: ignore[arg-type]
 
     for tokens in plan.prompts:
-        request = Request("0", 0.0, tokens, 8)
+        request = Request("0", 0.0, tokens, plan.answer)
         single = replay(clients, [request], cut_prompts(ids, [request]), kv_cache_dtype, timeout_s=timeout_s)[0]
         record, prefill = single.record(""), single.answer.prefill
         assert prefill is not None
@@ -199,8 +207,8 @@ def time_steps(
         sample("pack", 1, tokens, prefill.times.pack_busy_s)
         sample("unpack", 1, tokens, record.unpack_s)
         sample("handoff", 1, tokens, record.queue_s + record.wait_s)
-        sample("decode", 1, tokens, record.tpot_s)
-        if tokens in (min(plan.prompts), max(plan.prompts)):
+        sample("decode", 1, tokens, median_gap(single.answer.arrived_s))
+        if tokens == plan.prompts[len(plan.prompts) // 2]:
             step_s = together(clients, ids, kv_cache_dtype, plan, record, timeout_s)
             if step_s is not None:
                 sample("decode", plan.batch, tokens, step_s)
@@ -219,4 +227,9 @@ def together(
     inside = [t for t in finished[0].answer.arrived_s if start_s <= t <= end_s]
     if len(inside) <= plan.min_steps:
         return None
-    return (inside[-1] - inside[0]) / (len(inside) - 1)
+    return median_gap(inside)
+
+
+def median_gap(moments: Sequence[float]) -> float:
+    """Median time between neighbours: one disturbed step does not move it."""
+    return statistics.median(b - a for a, b in itertools.pairwise(moments))

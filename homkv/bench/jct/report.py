@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from homkv.bench.jct.summary import BASELINES, RateAtP99, Summary, baseline_of
+from homkv.bench.jct.summary import BASELINES, RateAtP99, Summary, baseline_of, ratio_interval
 from homkv.sim.record import PHASES
 
 GIB, MIB = 2**30, 2**20
@@ -21,6 +21,7 @@ def print_report(summaries: Sequence[Summary], console: Console) -> None:
         members = [s for s in summaries if s.case == case]
         console.print(times_table(case, members))
         console.print(phases_table(members))
+        console.print(intervals_table(members))
 
 
 def times_table(case: str, members: Sequence[Summary]) -> Table:
@@ -65,13 +66,28 @@ def ratio_text(s: Summary, baseline: Summary | None) -> str:
 
 
 def phases_table(members: Sequence[Summary]) -> Table:
-    """Where the time went: mean seconds per request of every phase."""
+    """Where the time went: mean seconds per request of every phase; how much of decoding restored or corrected."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("of it", no_wrap=True)
     for phase in PHASES:
         table.add_column(phase.removesuffix("_s"), justify="right", no_wrap=True)
+    table.add_column("deq.", justify="right", no_wrap=True)
     for s in members:
-        table.add_row(s.name, *(f"{seconds:.3f}" for seconds in s.shares().values()))
+        extra = "" if s.dequantize_s is None else f"{s.dequantize_s:.3f}"
+        table.add_row(s.name, *(f"{seconds:.3f}" for seconds in s.shares().values()), extra)
+    return table
+
+
+def intervals_table(members: Sequence[Summary]) -> Table:
+    """How far the ratios can be trusted: 95 % of mean JCT relative to each baseline's (see ratio_interval)."""
+    baselines = [s for name in BASELINES for s in members if s.name == name]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("95 % of", "turns", *(f"x {s.name}" for s in baselines)):
+        table.add_column(column, no_wrap=True)
+    for s in members:
+        cells = [ratio_interval(s, baseline) if s is not baseline else None for baseline in baselines]
+        shown = ["" if cell is None else f"{cell[0]:.2f} to {cell[1]:.2f}" for cell in cells]
+        table.add_row(s.name, str(len(s.runs)), *shown)
     return table
 
 

@@ -84,12 +84,18 @@ def uniform_requests(
     return poisson_arrivals((Request(str(i), 0.0, *size) for i, size in enumerate(sizes)), requests_per_s, seed + 1)
 
 
-def trace_requests(path: Path, count: int, requests_per_s: float, tokens: float, seed: int) -> list[Request]:
-    """The first requests of a trace, their lengths scaled, arriving as a Poisson process. Raises TraceError.
+def trace_requests(
+    path: Path, count: int, requests_per_s: float, tokens: float, seed: int, answers: float | None = None
+) -> list[Request]:
+    """The first requests of a trace, prompts times ``tokens``, answers times ``answers`` (None: ``tokens``).
+
+    They arrive as a Poisson process. Raises TraceError.
 
     Answers get at least two tokens: the first is prefill's.
     """
-    requests = scaled(read_trace(path, requests_per_s=requests_per_s, seed=seed), tokens=tokens, limit=count)
+    requests = scaled(
+        read_trace(path, requests_per_s=requests_per_s, seed=seed), tokens=tokens, answers=answers, limit=count
+    )
     return [msgspec.structs.replace(r, output_tokens=max(r.output_tokens, 2)) for r in requests]
 
 
@@ -160,7 +166,9 @@ class JctBench:
         """One short request; the first time for a format also its steps."""
         if time.monotonic() >= self.end_s:
             return
-        request = Request("0", 0.0, min(r.prompt_tokens for r in self.options.requests), 4)
+        request = Request(
+            "0", 0.0, sorted(r.prompt_tokens for r in self.options.requests)[len(self.options.requests) // 2], 4
+        )
         timeout_s = self.options.request_timeout_s
         with clients.one() as client:
             query = cut_prompts(self._ids, [request])[0].query(name)
@@ -189,8 +197,20 @@ class JctBench:
         except HomkvError as error:
             self.skipped.append(f"{run_id}: {type(error).__name__}: {error}")
             return
-        info = RunInfo(
+        info = msgspec.structs.replace(
+            self._described(name, link, overlap),
             run_id=run_id,
+            peak_kv_bytes=peak_kv_bytes(finished),
+            peak_memory_bytes=memory.peak_bytes or None,
+        )
+        steps = [msgspec.structs.replace(step, run_id=run_id) for step in self._steps.get(name, [])]
+        write_record(options.record, [info, *steps, *(f.record(run_id) for f in finished)], append=True)
+
+    def _described(self, name: str, link: float, overlap: bool) -> RunInfo:
+        """What is said of every run of a format on a link, as of now."""
+        options = self.options
+        return RunInfo(
+            run_id="",
             source="replay",
             model=options.model,
             kv_cache_dtype=name,
@@ -202,18 +222,21 @@ class JctBench:
             background_pack=True,
             num_layers=self._num_layers,
             reserves_early=True,
-            peak_kv_bytes=peak_kv_bytes(finished),
-            peak_memory_bytes=memory.peak_bytes or None,
             unix_time=int(time.time()),
             options={
                 "case": f"{link:g} Gb/s",
                 "variant": "" if overlap else "(no overlap)",
                 "threads": str(options.num_threads),
+                "cores": str(num_cores()),
                 "load_average": " ".join(f"{x:.1f}" for x in os.getloadavg()),
             },
         )
-        steps = [msgspec.structs.replace(step, run_id=run_id) for step in self._steps.get(name, [])]
-        write_record(options.record, [info, *steps, *(f.record(run_id) for f in finished)], append=True)
+
+
+def num_cores() -> int:
+    """Cores that this process and its children may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def machine() -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from homkv.sim.record import PHASES, RequestRecord, Run
 
+ROUNDS, LEVEL = 2000, 0.95  # of the bootstrap
 BASELINES = ("bf16", "fp16", "fp8")  # what others are compared with, if they ran
 
 
@@ -53,6 +54,12 @@ class Summary:
         return {phase: self.mean(phase) for phase in PHASES}
 
     @property
+    def dequantize_s(self) -> float | None:
+        """Mean seconds of decoding spent on restoring or correcting; None where that was not told apart."""
+        known = [r.dequantize_s for r in self.requests if r.dequantize_s is not None]
+        return fmean(known) if len(known) == len(self.requests) else None
+
+    @property
     def throughput_rps(self) -> float:
         """Finished requests per second between the first arrival and the last token, over all runs."""
         spans = []
@@ -83,6 +90,24 @@ def measured(runs: Iterable[Run]) -> list[Summary]:
 def baseline_of(summary: Summary, all_of: Sequence[Summary], name: str) -> Summary | None:
     """The run of format ``name`` in the same case, without a variant of its own."""
     return next((s for s in all_of if s.case == summary.case and s.name == name), None)
+
+
+def ratio_interval(summary: Summary, baseline: Summary) -> tuple[float, float] | None:
+    """Interval of 95 % of the ratio of mean completion times; None with fewer than three requests that both finished.
+
+    Paired bootstrap: requests are drawn again, each with its time in either format, repetition by repetition.
+    """
+    ours, theirs = (
+        {(turn, r.request_id): r.jct_s for turn, run in enumerate(s.runs) for r in run.requests}
+        for s in (summary, baseline)
+    )
+    both = [key for key in ours if key in theirs]
+    if len(both) < 3:
+        return None
+    a, b = (np.array([times[key] for key in both]) for times in (ours, theirs))
+    at = np.random.default_rng(0).integers(0, len(both), (ROUNDS, len(both)))
+    low, high = np.quantile(a[at].sum(1) / b[at].sum(1), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
