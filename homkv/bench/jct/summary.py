@@ -53,6 +53,13 @@ class Summary:
         """Mean seconds of every phase; they sum to the mean job completion time."""
         return {phase: self.mean(phase) for phase in PHASES}
 
+    def mean_by_request(self) -> dict[str, float]:
+        """Completion time of each request, by id: the mean over turns."""
+        times: dict[str, list[float]] = {}
+        for r in self.requests:
+            times.setdefault(r.request_id, []).append(r.jct_s)
+        return {name: fmean(values) for name, values in times.items()}
+
     @property
     def dequantize_s(self) -> float | None:
         """Mean seconds of decoding spent on restoring or correcting; None where that was not told apart."""
@@ -95,12 +102,10 @@ def baseline_of(summary: Summary, all_of: Sequence[Summary], name: str) -> Summa
 def ratio_interval(summary: Summary, baseline: Summary) -> tuple[float, float] | None:
     """Interval of 95 % of the ratio of mean completion times; None with fewer than three requests that both finished.
 
-    Paired bootstrap: requests are drawn again, each with its time in either format, repetition by repetition.
+    Paired bootstrap: requests are drawn again, each with its mean time over turns in either format. It says what other
+    requests would give, not what another turn would.
     """
-    ours, theirs = (
-        {(turn, r.request_id): r.jct_s for turn, run in enumerate(s.runs) for r in run.requests}
-        for s in (summary, baseline)
-    )
+    ours, theirs = (s.mean_by_request() for s in (summary, baseline))
     both = [key for key in ours if key in theirs]
     if len(both) < 3:
         return None
