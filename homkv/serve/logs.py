@@ -2,8 +2,18 @@
 
 import logging
 import sys
+from typing import TextIO
 
 import structlog
+
+
+class CurrentStderr(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is now: whoever replaced it may have closed it since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -34,7 +44,7 @@ def configure(role: str, *, as_json: bool, level: int = logging.INFO) -> None:
     last: structlog.typing.Processor = (
         structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = CurrentStderr()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last]

@@ -59,7 +59,7 @@ _FROM: dict[Where, list[tuple[int, str]]] = {
         (60, "receipt"),
         (130, "Ticket"),
         (160, "Failed"),
-        (168, "Done"),
+        (190, "Done"),
         (290, "Failed"),
         (500, "Status"),
         (_ANY, "Token"),
