@@ -5,7 +5,6 @@ of the calling thread, on which all candidates run: other processes on the machi
 time slices. Peers get their keys and values for free: no unpacking, contiguous ``[B, G, T, D]``.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from homkv.attention import cpu
 from homkv.attention.view import LayerView
+from homkv.bench.rows import append_rows
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import MIN_WINDOW, NUM_SINKS, PAGE_TOKENS, RowsSpec
@@ -91,10 +91,7 @@ def run(options: CpuBenchOptions, console: Console) -> list[dict[str, Any]]:
     console.print(attention_table([row for row in rows if row["kind"] == "attention"]))
     if options.pack:
         console.print(pack_table([row for row in rows if row["kind"] == "pack"]))
-    if options.record is not None:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with options.record.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(rows, options.record)
     return rows
 
 

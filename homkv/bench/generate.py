@@ -6,7 +6,6 @@ every sequence seals one page. All formats run the same model code, with fused R
 """
 
 import gc
-import json
 import math
 import statistics
 import sys
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from homkv.attention import api
+from homkv.bench.rows import append_rows
 from homkv.bench.static_kv import StaticKV
 from homkv.errors import CapacityError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
@@ -127,10 +127,7 @@ def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
 
 def keep(rows: list[Row], record: Path | None) -> list[Row]:
     """Append rows to the record as soon as there are any: a run may be cut off. Gives them back."""
-    if record is not None:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with record.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(rows, record)
     return rows
 
 

@@ -7,7 +7,6 @@ Every candidate is compared with float64 attention on what it stores before it i
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -37,6 +36,7 @@ from homkv.bench.gpu_candidates import (
 from homkv.bench.gpu_clock import Replay, measure
 from homkv.bench.gpu_report import print_report
 from homkv.bench.gpu_stats import add_floors, decode_rows, fit_rows, tera_per_second
+from homkv.bench.rows import append_rows
 from homkv.errors import UnsupportedError
 
 STREAM_BYTES = (2**30, 2**32)
@@ -145,10 +145,7 @@ def run(options: GpuBenchOptions, console: Console) -> list[dict[str, Any]]:
 def finish(rows: list[dict[str, Any]], options: GpuBenchOptions, console: Console) -> None:
     """Print, record and plot."""
     print_report(rows, console)
-    if options.record is not None:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with options.record.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(rows, options.record)
     if options.plots is not None:
         from homkv.bench.plots import plot
 

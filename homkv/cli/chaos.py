@@ -63,10 +63,11 @@ def inject(plan: "Plan", record: Path, console: Console) -> "list[Outcome]":
 
     from homkv.bench.jct.run import machine
     from homkv.eval.chaos.cases import make_cases
-    from homkv.eval.chaos.record import Start, append_line, read_outcomes
+    from homkv.eval.chaos.record import Start, read_outcomes
     from homkv.eval.chaos.report import summarize
     from homkv.eval.chaos.run import Workers
     from homkv.eval.chaos.service import open_subject
+    from homkv.eval.jsonl import append_jsonl
     from homkv.serve import logs
 
     logs.configure("chaos", as_json=False, level=logging.CRITICAL)  # what fails here fails on purpose
@@ -77,7 +78,7 @@ def inject(plan: "Plan", record: Path, console: Console) -> "list[Outcome]":
     known = {outcome.number for outcome in outcomes}
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
     command = shlex.join(["homkv", *sys.argv[1:]])
-    append_line(record, Start(plan, command, machine(), load, int(time.time())))
+    append_jsonl(record, Start(plan, command, machine(), load, int(time.time())))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
@@ -88,12 +89,11 @@ def inject(plan: "Plan", record: Path, console: Console) -> "list[Outcome]":
             bar = progress.add_task("faults", total=plan.faults, completed=len(known))
             for outcome in Workers([case for case in cases if case.number not in known], subject):
                 outcomes.append(outcome)
-                append_line(record, outcome)
-                f = outcome.fault
-                progress.update(bar, advance=1, description=f"{f.kind} at {f.where}: {f.message}")
+                append_jsonl(record, outcome)
+                progress.update(bar, advance=1, description=outcome.place)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on", style="yellow")
     for totals in summarize(outcomes).values():
         for each in totals:
-            append_line(record, each)
+            append_jsonl(record, each)
     return outcomes

@@ -121,7 +121,7 @@ def _measure(
 ) -> None:
     """Measure everything and append it to ``path``."""
     from homkv.eval.items import make_items
-    from homkv.eval.record import append_record
+    from homkv.eval.jsonl import append_jsonl
     from homkv.eval.run import measure_cases
     from homkv.models import load_model
 
@@ -129,10 +129,10 @@ def _measure(
         loaded = load_model(model, num_threads=num_threads)
         items = make_items(loaded.tokenizer, options)
         set_total(len(items) * len(conditions.rows))
-        append_record(path, _run_record(loaded))
+        append_jsonl(path, _run_record(loaded))
         measure_cases(loaded, items, conditions, path, step)
         for record in _sizes(loaded, items[0].ids[: items[0].prefix + 1], conditions.formats, speed):
-            append_record(path, record)
+            append_jsonl(path, record)
 
 
 def _sizes(loaded: "LoadedModel", ids: tuple[int, ...], names: Sequence[str], speed: bool) -> "Iterator[Record]":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from homkv.errors import FormatError
+from homkv.eval.jsonl import read_jsonl
 
 EXACT, MODEL_BF16 = "exact", "model-bf16"  # rows that are no formats: the model itself, and all of it in bfloat16
 
@@ -76,34 +76,8 @@ _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read a file of results; none if it does not exist.
-
-    A last line without its end was cut off by an interruption: it is removed from the file and measured again. Raises
-    FormatError for anything else that is no result.
-    """
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    records = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            records.append(_decoder.decode(line))
-        except msgspec.DecodeError as error:
-            raise FormatError(
-                f"expected results of homkv eval in {path}, found in line {number}: {error}; name another --out folder"
-            ) from error
-    return records
-
-
-def append_record(path: Path, record: Record) -> None:
-    """Add one line and hand it to the system."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(record) + b"\n")
+    """Read a file of results; none if it does not exist. See read_jsonl for its last line and for FormatError."""
+    return read_jsonl(path, _decoder, "results of homkv eval", "name another --out folder")
 
 
 def newest(records: Iterable[Record]) -> dict[str, Record]:

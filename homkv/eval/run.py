@@ -15,8 +15,9 @@ from homkv.eval import code
 from homkv.eval.exact import ExactRun, continue_greedily, run_exact
 from homkv.eval.forced import bind, score, write
 from homkv.eval.items import Item
+from homkv.eval.jsonl import append_jsonl
 from homkv.eval.metrics import TokenScores, edit_similarity, first_miss, token_scores
-from homkv.eval.record import EXACT, MODEL_BF16, Case, Record, append_record, newest, read_records, rounded
+from homkv.eval.record import EXACT, MODEL_BF16, Case, Record, newest, read_records, rounded
 from homkv.models import LoadedModel
 
 Step = Callable[[str], None]  # told which case comes next
@@ -62,7 +63,7 @@ def measure_cases(
         measured = measure_item(loaded, item, conditions, keys, known, step)
         for case in measured:
             if case.key not in known:
-                append_record(path, case)
+                append_jsonl(path, case)
             cases.append(case)
     return cases
 

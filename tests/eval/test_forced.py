@@ -21,8 +21,9 @@ from homkv.eval.exact import continue_greedily, run_exact
 from homkv.eval.forced import passes, score, write
 from homkv.eval.gate import Gate, Threshold, check, load_gate
 from homkv.eval.items import Item, Options, make_items
+from homkv.eval.jsonl import append_jsonl
 from homkv.eval.metrics import edit_similarity, first_miss, kl_divergence, token_scores
-from homkv.eval.record import Case, append_record, read_records
+from homkv.eval.record import Case, read_records
 from homkv.eval.report import make_report, markdown
 from homkv.eval.run import Conditions, measure_cases
 from homkv.eval.sizes import measure_size, measure_speed
@@ -161,7 +162,7 @@ def test_a_run_resumes_and_reports(loaded: LoadedModel, tmp_path: Path) -> None:
     assert [c.key for c in again] == [c.key for c in cases]
     assert len(read_records(path)) == 12
     for name in ("small", "int8"):
-        append_record(path, measure_size(loaded, run_exact(loaded, ids(230), 200), name))
+        append_jsonl(path, measure_size(loaded, run_exact(loaded, ids(230), 200), name))
     report = make_report(read_records(path))
     assert next(s.format for s in report.summaries) == "exact"
     assert {s.format for s in report.summaries} == {"exact", "model-bf16", "int8", "small"}

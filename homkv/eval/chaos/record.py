@@ -5,8 +5,9 @@ from pathlib import Path
 
 import msgspec
 
-from homkv.errors import FormatError, UnsupportedError
+from homkv.errors import UnsupportedError
 from homkv.eval.chaos.service import Service
+from homkv.eval.jsonl import read_jsonl
 from homkv.testing.faults import Fault, Kind
 
 
@@ -27,6 +28,11 @@ class Outcome(msgspec.Struct, tag="fault", tag_field="record", omit_defaults=Tru
     leaked_blocks: int = 0
     free_s: float = 0.0  # from the last end until nothing was held
     recovery_s: float = 0.0  # from then until a clean request was answered
+
+    @property
+    def place(self) -> str:
+        """What was done to which message."""
+        return f"{self.fault.kind} at {self.fault.where}: {self.fault.message}"
 
     @property
     def was_detected(self) -> bool:
@@ -96,26 +102,8 @@ _decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read a record; nothing if there is none. A last line without its end was cut off: it is removed from the file.
-
-    Raises FormatError for anything else that is not of a record.
-    """
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            lines.append(_decoder.decode(line))
-        except msgspec.DecodeError as error:
-            raise FormatError(
-                f"expected a record of homkv chaos in {path}, found in line {number}: {error}; name another file"
-            ) from error
-    return lines
+    """Read a record; nothing if there is none. See read_jsonl for its last line and for FormatError."""
+    return read_jsonl(path, _decoder, "a record of homkv chaos", "name another file")
 
 
 def read_outcomes(path: Path, plan: Plan) -> list[Outcome]:
@@ -125,10 +113,3 @@ def read_outcomes(path: Path, plan: Plan) -> list[Outcome]:
     if other is not None:
         raise UnsupportedError(f"expected a record of {plan} in {path}, found {other}; name another file with --json")
     return list({line.number: line for line in lines if isinstance(line, Outcome)}.values())
-
-
-def append_line(path: Path, line: Line) -> None:
-    """Add one line and hand it to the system."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(line) + b"\n")

@@ -39,8 +39,9 @@ def _by(outcomes: Sequence[Outcome], names: Sequence[str], name_of: Callable[[Ou
 
 def render(outcomes: Sequence[Outcome]) -> Group:
     """The tables, and below them every fault under which a promise was broken."""
-    parts: list[RenderableType] = [_table(by, rows) for by, rows in summarize(outcomes).items() if by]
-    (everything,) = summarize(outcomes)[""]
+    totals = summarize(outcomes)
+    (everything,) = totals.pop("")
+    parts: list[RenderableType] = [_table(by, rows) for by, rows in totals.items()]
     lines = [
         EXPLANATION,
         f"{everything.injected} faults injected, {everything.passed_by} passed by; "
@@ -49,9 +50,7 @@ def render(outcomes: Sequence[Outcome]) -> Group:
     ]
     for o in outcomes:
         if o.broken:
-            f = o.fault
-            place = f"{f.kind} at {f.where}: {f.message}"
-            lines.append(f"number {o.number}, {o.service}, {o.policy}, {place}: {', '.join(o.broken)}")
+            lines.append(f"number {o.number}, {o.service}, {o.policy}, {o.place}: {', '.join(o.broken)}")
     return Group(*parts, Text("\n".join(lines)))
 
 

@@ -1,0 +1,15 @@
+"""Measured rows on disk."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def append_rows(rows: Iterable[dict[str, Any]], record: Path | None) -> None:
+    """Append one JSON line per row to ``record``; nothing without one."""
+    if record is None:
+        return
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with record.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
