@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homkv.cli.trace import COLOURS, printable
+from homkv.serve.units import duration
 
 if TYPE_CHECKING:
     from homkv.serve.diagnose import Compression, Diagnosis
@@ -54,16 +55,16 @@ def _phases(found: "Diagnosis") -> Table:
     """Mean seconds of every phase, grouped by what it belongs to."""
     from homkv.serve.diagnose import GROUPS
 
-    times = f"TTFT {_s(found.ttft_s)}, TPOT {_s(found.tpot_s)}, JCT {_s(found.jct_s)}"
+    times = f"TTFT {duration(found.ttft_s)}, TPOT {duration(found.tpot_s)}, JCT {duration(found.jct_s)}"
     table = Table(box=box.SIMPLE_HEAD, title=f"{found.num_done:,} requests done, means: {times}", title_justify="left")
     for name, justify in (("", "left"), ("time", "right"), ("share", "right"), ("", "left"), ("phases", "left")):
         table.add_column(name, justify=justify, no_wrap=name != "phases")  # type: ignore[arg-type]  # a literal
     for group, seconds in found.groups_s.items():
         share = seconds / found.jct_s if found.jct_s else 0.0
-        phases = ", ".join(f"{name.replace('_', ' ')} {_s(found.phases_s[name])}" for name in GROUPS[group])
+        phases = ", ".join(f"{name.replace('_', ' ')} {duration(found.phases_s[name])}" for name in GROUPS[group])
         bar = Text("█" * round(BAR * share), COLOURS.get(group, COLOURS["send"]))
         style = "bold" if group == found.bound else ""
-        table.add_row(group, _s(seconds), f"{100 * share:.1f} %", bar, phases, style=style)
+        table.add_row(group, duration(seconds), f"{100 * share:.1f} %", bar, phases, style=style)
     return table
 
 
@@ -84,7 +85,8 @@ def _compression(found: "Compression | None", jct_s: float) -> Text:
         f"  link {found.link_bytes_per_s * 8 / 1e9:,.2f} Gb/s ({source})",
         f"  in 16 bits {_transfer(found.raw_bytes, found.raw_link_s, jct_s)}",
         f"  on the wire {_transfer(found.wire_bytes, found.wire_link_s, jct_s)}",
-        f"  work for it: packing {_s(found.pack_s)}, verifying {_s(found.verify_s)}; what was waited for is counted",
+        f"  work for it: packing {duration(found.pack_s)}, verifying {duration(found.verify_s)}; "
+        "what was waited for is counted",
         "  not counted: decode reads fewer bytes and its memory holds more sequences; `homkv bench jct` measures that",
     ]
     text = Text()
@@ -94,8 +96,4 @@ def _compression(found: "Compression | None", jct_s: float) -> Text:
 
 def _transfer(num_bytes: float, seconds: float, jct_s: float) -> str:
     share = f", {100 * seconds / jct_s:.1f} % of JCT" if jct_s else ""
-    return f"{num_bytes / 1e6:,.2f} MB, {_s(seconds)} on the link{share}"
-
-
-def _s(seconds: float) -> str:
-    return f"{seconds:,.2f} s" if abs(seconds) >= 1 else f"{1e3 * seconds:,.1f} ms"
+    return f"{num_bytes / 1e6:,.2f} MB, {duration(seconds)} on the link{share}"

@@ -9,6 +9,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from homkv.serve.units import duration
+
 if TYPE_CHECKING:
     from homkv.serve.views import RequestView
 
@@ -116,9 +118,7 @@ def _lines(request: "RequestView") -> Iterator[str]:
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:,.2f} s" if seconds >= 1 else f"{1e3 * seconds:,.1f} ms"
+    return "-" if seconds is None else duration(seconds)
 
 
 def _bar(begin: float, end: float, width: int, phase: str) -> Text:

@@ -10,6 +10,7 @@ from typing import Literal
 from prometheus_client.parser import text_string_to_metric_families
 
 from homkv.errors import UnsupportedError
+from homkv.serve.units import duration
 
 Bound = Literal["queue", "prefill", "link", "decode"]
 Helps = Literal["yes", "no", "unclear"]
@@ -145,24 +146,26 @@ def _explain(bound: Bound | None, found: Readings, phases: dict[str, float], bus
         return "no request was done", "send some, or look at a longer time"
     if bound == "queue":
         free, blocks = found.total("homkv_page_blocks_free"), found.total("homkv_page_blocks")
-        why = f"requests wait {_s(phases['wait'])} for room at decode instances and {_s(phases['queue'])} before that; "
+        why = f"requests wait {duration(phases['wait'])} for room at decode instances and "
+        why += f"{duration(phases['queue'])} before that; "
         return why + f"{free:,.0f} of {blocks:,.0f} page blocks are free now", (
             "more decode instances, or more --max-tokens and --max-sequences where they have memory; a smaller format "
             "makes room as well"
         )
     if bound == "prefill":
-        why = f"prompts compute for {_s(phases['prefill'])} and wait {_s(phases['turn'])} for their turn; "
+        why = f"prompts compute for {duration(phases['prefill'])} and wait {duration(phases['turn'])} for their turn; "
         is_full = phases["turn"] > phases["prefill"]
         remedy = "more prefill instances" if is_full else "shorter prompts or shared beginnings, or faster prefill"
         return why + _busiest(busy, "prefill"), remedy
     if bound == "link":
         own = found.mean("homkv_busy_seconds", work="send")
-        why = f"a transfer holds a request up for {_s(phases['send'])}, and for {_s(phases['pack'])} of packing, "
-        why += f"{_s(phases['verify'])} of verifying, {_s(phases['first_token'])} until its first token; "
-        return why + f"its bytes alone take {_s(own)}", "a smaller format, a faster link, or fewer hops between them"
+        why = f"a transfer holds a request up for {duration(phases['send'])}, and for "
+        why += f"{duration(phases['pack'])} of packing, {duration(phases['verify'])} of verifying, "
+        why += f"{duration(phases['first_token'])} until its first token; its bytes alone take {duration(own)}"
+        return why, "a smaller format, a faster link, or fewer hops between them"
     per_token, tokens = found.mean("homkv_tpot_seconds"), found.total("homkv_tokens_total", kind="generated")
     mean_tokens = tokens / max(found.total("homkv_requests_total"), 1.0)
-    why = f"an answer has {mean_tokens:,.0f} tokens on average, {_s(per_token)} each; "
+    why = f"an answer has {mean_tokens:,.0f} tokens on average, {duration(per_token)} each; "
     is_full = max((share for name, share in busy.items() if name.startswith("decode")), default=0.0) > BUSY
     remedy = "more decode instances" if is_full else "shorter answers, or faster steps: instances still have time left"
     return why + _busiest(busy, "decode"), remedy
@@ -171,10 +174,6 @@ def _explain(bound: Bound | None, found: Readings, phases: dict[str, float], bus
 def _busiest(busy: dict[str, float], role: str) -> str:
     shares = [f"{100 * share:.0f} %" for name, share in sorted(busy.items()) if name.startswith(role)]
     return f"{role} instances computed {', '.join(shares)} of the time" if shares else f"no {role} instance is there"
-
-
-def _s(seconds: float) -> str:
-    return f"{seconds:,.2f} s" if seconds >= 1 else f"{1e3 * seconds:,.1f} ms"
 
 
 def _warnings(found: Readings) -> Iterator[str]:

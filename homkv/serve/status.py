@@ -12,6 +12,7 @@ from prometheus_client import ProcessCollector
 from homkv.serve.messages import Status
 
 PROCESS_GAUGES = ("resident_memory_bytes", "open_fds")
+_PROCESS = ProcessCollector(registry=None)
 
 
 class StatusBoard:
@@ -44,5 +45,5 @@ class StatusBoard:
 
 def process_gauges() -> dict[str, float]:
     """Memory and open files of this process; empty where the system has no /proc."""
-    found = {family.name: family.samples[0].value for family in ProcessCollector(registry=None).collect()}
+    found = {family.name: family.samples[0].value for family in _PROCESS.collect()}
     return {name: found[f"process_{name}"] for name in PROCESS_GAUGES if f"process_{name}" in found}
