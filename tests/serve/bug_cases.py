@@ -1,45 +1,20 @@
 """Requests of whole services and hand-fed ones, told apart by every byte that they leave."""
 
-import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from serve_cases import OPEN, OPTIONS, PATIENCE_S, Pair, RawRequest, prompt
+from serve_cases import OPEN, OPTIONS, PATIENCE_S, Asked, Pair, RawRequest, prompt
 
 from homkv.seal import LayerContent
 from homkv.serve.dispatch import Dispatcher
 from homkv.serve.engine import PagedEngine
 from homkv.serve.fleet import Address
-from homkv.serve.messages import Evidence, Progress, Token
-from homkv.serve.query import DispatchOptions, Ended, Policy, Query
+from homkv.serve.messages import Evidence
+from homkv.serve.query import DispatchOptions, Policy, Query
 from homkv.transport.sender import FrameSender
 
 QUERY = Query(prompt(150, seed=70), "balanced", 6, return_evidence=True)
-
-
-class Asked:
-    """A request and everything that its owner was told."""
-
-    def __init__(self, dispatcher: Dispatcher, query: Query = QUERY, request_id: str | None = None) -> None:
-        self.events: queue.SimpleQueue[Progress | Token | Ended] = queue.SimpleQueue()
-        self.told: list[Token] = []
-        self.request_id = dispatcher.submit(query, self.events.put, request_id)
-
-    def end(self, timeout_s: float = PATIENCE_S) -> Ended:
-        while not isinstance(event := self.events.get(timeout=timeout_s), Ended):
-            if isinstance(event, Token):
-                self.told.append(event)
-        return event
-
-    def until(self, kind: type) -> None:
-        while not isinstance(event := self.events.get(timeout=PATIENCE_S), kind):
-            assert not isinstance(event, Ended), event.error
-
-    @property
-    def answer(self) -> tuple[list[int], Evidence | None]:
-        """Tokens, and what they were computed from."""
-        return [token.choice.token for token in self.told], self.told[0].evidence if self.told else None
 
 
 @contextmanager

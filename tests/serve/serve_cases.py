@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from homkv.seal import pack_layer
 from homkv.serve.client import Address, Answer, Client, Query
 from homkv.serve.convert import EXACT_DTYPE
 from homkv.serve.decode import DecodeInstance
+from homkv.serve.dispatch import Dispatcher
 from homkv.serve.engine import expectation, serving_codec
 from homkv.serve.links import SERVING
-from homkv.serve.messages import FromDecode, FromPrefill, Prefill, Reserve, Ticket
+from homkv.serve.messages import Evidence, FromDecode, FromPrefill, Prefill, Progress, Reserve, Ticket, Token
 from homkv.serve.prefill import PrefillInstance
+from homkv.serve.query import Ended
 from homkv.transport.assemble import SequencePlan
 from homkv.transport.endpoint import Receipt
 from homkv.transport.keys import Security
@@ -79,6 +82,46 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> 
     while not condition():
         assert time.monotonic() < deadline_s, f"{condition} did not become true"
         time.sleep(0.01)
+
+
+class Asked:
+    """A request to a dispatcher and every token that its owner was told, which must come in order."""
+
+    def __init__(self, dispatcher: Dispatcher, query: Query, request_id: str | None = None) -> None:
+        self.events: queue.SimpleQueue[Progress | Token | Ended] = queue.SimpleQueue()
+        self.told: list[Token] = []
+        self.request_id = dispatcher.submit(query, self.events.put, request_id)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token.choice.token for token in self.told]
+
+    @property
+    def answer(self) -> tuple[list[int], Evidence | None]:
+        """Tokens, and what they were computed from."""
+        return self.tokens, self.told[0].evidence if self.told else None
+
+    def next(self) -> Progress | Token | Ended:
+        event = self.events.get(timeout=PATIENCE_S)
+        if isinstance(event, Token):
+            assert event.index == len(self.told)
+            self.told.append(event)
+        return event
+
+    def until(self, kind: type) -> None:
+        while not isinstance(event := self.next(), kind):
+            assert not isinstance(event, Ended), event.error
+
+    def until_tokens(self, num_tokens: int) -> None:
+        while len(self.told) < num_tokens:
+            event = self.next()
+            assert isinstance(event, Token), event
+
+    def end(self) -> Ended:
+        while not isinstance(event := self.next(), Ended):
+            pass
+        assert self.events.empty()  # nothing behind the end
+        return event
 
 
 class Running:

@@ -1,6 +1,5 @@
 """Many instances, and what happens when they fail: one end for every request, and streams that go on."""
 
-import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from serve_cases import ENDPOINT, OPEN, OPTIONS, PATIENCE_S, Running, prompt, twin, wait_until
+from serve_cases import ENDPOINT, OPEN, OPTIONS, PATIENCE_S, Asked, Running, prompt, twin, wait_until
 
 from homkv.errors import CapacityError, HomkvError, TransferError
 from homkv.models import LoadedModel
@@ -16,36 +15,12 @@ from homkv.serve.decode import DecodeInstance
 from homkv.serve.dispatch import Dispatcher
 from homkv.serve.fleet import Address
 from homkv.serve.lifecycle import ENDS, Record
-from homkv.serve.messages import Progress, Sampling, Token
+from homkv.serve.messages import Sampling
 from homkv.serve.prefill import PrefillInstance
-from homkv.serve.query import DispatchOptions, Ended, Query
+from homkv.serve.query import DispatchOptions, Query
 from homkv.transport.endpoint import LinkError
 
 QUERY = Query(prompt(150, seed=30), "balanced", 60, Sampling(temperature=0.8, seed=5))
-
-
-class Asked:
-    """A request and everything that its owner was told."""
-
-    def __init__(self, dispatcher: Dispatcher, query: Query = QUERY) -> None:
-        self.events: queue.SimpleQueue[Progress | Token | Ended] = queue.SimpleQueue()
-        self.tokens: list[int] = []
-        self.request_id = dispatcher.submit(query, self.events.put)
-
-    def until(self, num_tokens: int) -> None:
-        while len(self.tokens) < num_tokens:
-            event = self.events.get(timeout=PATIENCE_S)
-            assert isinstance(event, Token), event
-            assert event.index == len(self.tokens)
-            self.tokens.append(event.choice.token)
-
-    def end(self) -> Ended:
-        while not isinstance(event := self.events.get(timeout=PATIENCE_S), Ended):
-            if isinstance(event, Token):
-                assert event.index == len(self.tokens)
-                self.tokens.append(event.choice.token)
-        assert self.events.empty()  # nothing behind the end
-        return event
 
 
 def decoder(loaded: LoadedModel, endpoint: str = ENDPOINT, lease_s: float = 30.0) -> Running:
@@ -87,7 +62,7 @@ def die(running: Running) -> None:
 @pytest.fixture(scope="module")
 def undisturbed_tokens(loaded: LoadedModel) -> list[int]:
     with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
-        asked = Asked(dispatcher)
+        asked = Asked(dispatcher, QUERY)
         assert asked.end().error is None
         return asked.tokens
 
@@ -100,8 +75,8 @@ def test_recompute_goes_on_where_the_stream_was(loaded: LoadedModel, undisturbed
         dispatching([p], [first, second], policy="recompute") as dispatcher,
     ):
         wait_until(lambda: all(m.status for m in dispatcher.members))
-        asked = Asked(dispatcher)
-        asked.until(20)
+        asked = Asked(dispatcher, QUERY)
+        asked.until_tokens(20)
         busy = first if first.instance.num_requests else second
         die(busy)
         ended = asked.end()
@@ -115,7 +90,7 @@ def test_recompute_goes_on_where_the_stream_was(loaded: LoadedModel, undisturbed
 
 def test_fail_says_so_and_frees_the_other_side(loaded: LoadedModel) -> None:
     with prefiller(loaded, link_gbps=0.0004) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
-        asked = Asked(dispatcher)
+        asked = Asked(dispatcher, QUERY)
         wait_until(lambda: p.instance.num_requests == 1)
         die(d)
         ended = asked.end()
@@ -133,7 +108,7 @@ def test_a_prefill_instance_that_dies_is_replaced(loaded: LoadedModel, undisturb
         dispatching([slow, spare], [d], policy="recompute") as dispatcher,
     ):
         wait_until(lambda: all(m.status for m in dispatcher.members))
-        asked = Asked(dispatcher)
+        asked = Asked(dispatcher, QUERY)
         wait_until(lambda: slow.instance.num_requests == 1)
         die(slow)
         assert asked.end().error is None
@@ -146,7 +121,7 @@ def test_a_restarted_instance_is_found_again(loaded: LoadedModel, undisturbed_to
         endpoint = before.address.endpoint
         die(before)
         wait_until(lambda: dispatcher.members[1].status is None)
-        asked = Asked(dispatcher)  # waits for an instance
+        asked = Asked(dispatcher, QUERY)  # waits for an instance
         with decoder(loaded, endpoint):
             assert asked.end().error is None
             assert asked.tokens == undisturbed_tokens
@@ -157,7 +132,7 @@ def test_without_any_instance_a_request_fails_in_time(loaded: LoadedModel) -> No
     with prefiller(loaded) as p, decoder(loaded) as d:
         die(d)
         with dispatching([p], [d], no_instance_timeout_s=0.5) as dispatcher:
-            ended = Asked(dispatcher).end()
+            ended = Asked(dispatcher, QUERY).end()
             assert isinstance(ended.error, LinkError)
             assert "none connected" in str(ended.error)
 
@@ -207,9 +182,9 @@ def test_load_is_shared_and_capped(loaded: LoadedModel) -> None:
         wait_until(lambda: all(m.status for m in dispatcher.members))
         asked = [Asked(dispatcher, Query(prompt(20, seed=i), "balanced", 200)) for i in range(4)]
         with pytest.raises(CapacityError, match="fewer than 4"):
-            Asked(dispatcher)
+            Asked(dispatcher, QUERY)
         for each in asked:
-            each.until(1)
+            each.until_tokens(1)
         assert (first.instance.num_requests, second.instance.num_requests) == (2, 2)
         dispatcher.cancel(asked[0].request_id)
         ended = asked[0].end()
@@ -224,7 +199,7 @@ def test_a_dispatcher_that_is_held_up_finds_every_token(loaded: LoadedModel) -> 
     with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
         asked = [Asked(dispatcher, Query(prompt(20, seed=i), "balanced", 150)) for i in range(12)]
         for each in asked:
-            each.until(1)
+            each.until_tokens(1)
         held_up, done_before = threading.Event(), d.instance.status.counters["tokens"]
         dispatcher._command(lambda: bool(held_up.wait(PATIENCE_S)) and None)
         wait_until(lambda: d.instance.status.counters["tokens"] > done_before + 1200)
@@ -236,7 +211,7 @@ def test_a_dispatcher_that_is_held_up_finds_every_token(loaded: LoadedModel) -> 
 def test_closing_ends_every_request(loaded: LoadedModel) -> None:
     with prefiller(loaded) as p, decoder(loaded) as d, dispatching([p], [d]) as dispatcher:
         asked = [Asked(dispatcher, Query(prompt(20, seed=i), "balanced", 1000)) for i in range(3)]
-        asked[0].until(1)
+        asked[0].until_tokens(1)
         threading.Thread(target=dispatcher.close).start()
         assert [each.end().record.state for each in asked] == ["cancelled"] * 3
         with pytest.raises(TransferError, match="closed"):
@@ -249,7 +224,7 @@ def test_closing_while_it_still_connects() -> None:
     """More instances than connectors, none of them there: some connections are under way, some have not begun."""
     nowhere = [Address(f"tcp://127.0.0.1:{port}", None) for port in range(1, 13)]
     made = Dispatcher(nowhere, nowhere, OPEN, options=replace(OPTIONS, peer_timeout_s=0.5))
-    asked = Asked(made)
+    asked = Asked(made, QUERY)
     made.close()
     made.close()
     assert asked.end().record.state == "cancelled"

@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 import xxhash
-from bug_cases import QUERY, Asked, Kept, answer, dispatching, fill
+from bug_cases import QUERY, Kept, answer, dispatching, fill
 from gateway_cases import _http as http_server
 from gateway_cases import text_of, words
 from serve_cases import (
@@ -20,6 +20,7 @@ from serve_cases import (
     OPTIONS,
     PATIENCE_S,
     PROMPT_S,
+    Asked,
     Pair,
     RawRequest,
     prompt,
@@ -118,7 +119,7 @@ def test_a_bad_link_never_gets_wrong_tokens_through(loaded: LoadedModel) -> None
         with dispatching(pair, link.endpoint, policy="fail") as dispatcher:
             for i in range(8):
                 link.arm(Fault("flip", "decode", ("frame", "Token")[i % 2], nth=i // 2 % 2, seed=i))
-                asked = Asked(dispatcher)
+                asked = Asked(dispatcher, QUERY)
                 num_failed += asked.end().error is not None
                 tokens, evidence = asked.answer
                 assert tokens == expected[0][: len(tokens)]
