@@ -60,7 +60,7 @@ def text_items(tokenizer: PreTrainedTokenizerBase, count: int, prefix: int, scor
     """Consecutive pieces of the essays. Raises ShapeError if these are too short."""
     length, text = prefix + scored + 1, essays()  # the last token is only predicted
     wanted = count * length
-    ids = _encode(tokenizer, text[: max(8 * wanted, 1)])
+    ids = encode(tokenizer, text[: max(8 * wanted, 1)])
     if len(ids) < wanted or min(count, prefix, scored) < 1:
         raise ShapeError(
             f"expected at least one text, prefix and scored token and {len(ids)} tokens in all, found {count} texts of "
@@ -101,12 +101,13 @@ def code_items(tokenizer: PreTrainedTokenizerBase, options: Options) -> list[Ite
         raise ShapeError(f"expected 1 to {len(everything)} problems, found {options.code}")
     items = []
     for index in range(0, len(everything), len(everything) // options.code)[: options.code]:
-        ids = _encode(tokenizer, few_shot(everything, index, options.solved))
+        ids = encode(tokenizer, few_shot(everything, index, options.solved))
         problem = everything[index]
         items.append(Item("code", problem.task_id, tuple(ids), len(ids) - 1, options.code_tokens, problem))
     return items
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, nothing added; it may exceed the context."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids
