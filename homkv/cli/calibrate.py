@@ -22,7 +22,7 @@ def calibrate(
     budget_bits: Annotated[float, typer.Option(help="Bits per element, everything stored counted.")] = 2.5,
     candidate: Annotated[list[str] | None, typer.Option(help="Rows format to choose from; repeat the option.")] = None,
     window: Annotated[
-        int | None, typer.Option(help="Shortest exact window of all layers: 64, 128, 192 or 256.")
+        int | None, typer.Option(help="Shortest exact window of the plan: 64, 128, 192 or 256.")
     ] = None,
     texts: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 4,
     prefix_pages: Annotated[int, typer.Option(min=1, help="Pages of 64 tokens before the scored tokens.")] = 16,
@@ -47,7 +47,7 @@ def calibrate(
     options = CalibrationOptions(
         budget_bits, tuple(candidate or CANDIDATES), window, texts, prefix_pages, scored, seed, context, head_dim
     )
-    options.formats()  # names that are wrong are said before a model is loaded
+    options.names()  # names that are wrong are said before a model is loaded
     console = Console()
     with steps(console) as progress:
         loaded = load_model(model, device=device, num_threads=num_threads, progress=progress.note)

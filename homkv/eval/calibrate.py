@@ -43,8 +43,9 @@ Step = Callable[[str], None]
 class CalibrationOptions:
     """What to search and on what. ``budget_bits``: per element at ``context`` tokens, sinks and window included.
 
-    ``head_dim``: channels at which bits are counted; None for the model's. ``window``: shortest exact window of all
-    layers; None keeps the candidates' own, which must be equal.
+    ``head_dim``: channels at which bits are counted; None for the model's. ``window``: shortest exact window of the
+    plan; None for the candidates' own, which must be equal. Layers are measured with the candidates' own, whatever the
+    plan's: a longer window lowers the loss of all of them.
     """
 
     budget_bits: float
@@ -62,12 +63,14 @@ class CalibrationOptions:
         """Exact tokens before the scored ones."""
         return NUM_SINKS + self.prefix_pages * PAGE_TOKENS
 
-    def formats(self) -> tuple[str, ...]:
-        """Canonical names of the candidates, with the window. Raises FormatError."""
+    def names(self) -> dict[str, str]:
+        """Canonical name of every candidate, and the same with the plan's window. Raises FormatError."""
         specs = [RowsSpec.parse(name) for name in self.candidates]
-        if self.window is not None:
-            specs = [replace(spec, min_window=self.window) for spec in specs]
-        return tuple(dict.fromkeys(spec.name for spec in specs))
+        window = {spec.min_window for spec in specs} if self.window is None else {self.window}
+        if len(window) != 1:
+            raise FormatError(f"expected candidates with one window, found {sorted(window)}; choose it with --window")
+        (chosen,) = window
+        return {spec.name: replace(spec, min_window=chosen).name for spec in specs}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def choose(sensitivity: Sequence[Mapping[str, float]], bits: Mapping[str, float]
 
 def num_cases(loaded: LoadedModel, options: CalibrationOptions) -> int:
     """Steps that :func:`calibrate` takes."""
-    names = len(options.formats())
+    names = len(options.names())
     return options.texts * ((1 + loaded.num_layers * names) + (1 + names + 1))
 
 
@@ -124,22 +127,21 @@ def calibrate(
     needs no new measurements but those of its plan. Raises FormatError for an unknown candidate or a budget that none
     fits, ShapeError for texts that are too short.
     """
-    names = options.formats()
-    head_dim = options.head_dim or loaded.head_dim
-    bits = {n: make_codec(n, head_dim).bits_per_element(options.context) for n in names}
+    names, head_dim = options.names(), options.head_dim or loaded.head_dim
+    bits = {n: make_codec(final, head_dim).bits_per_element(options.context) for n, final in names.items()}
     choose([dict.fromkeys(names, 0.0)], bits, options.budget_bits)  # a budget that is too small is said at once
     chosen_on, verified_on = (calibration_items(loaded, options, part) for part in (1, 0))
     alone = {(layer, n): _one_layer(loaded, layer, n).spelling for layer in range(loaded.num_layers) for n in names}
     kl = _divergences(loaded, chosen_on, tuple(alone.values()), path, step, impl)
     sensitivity = [{n: kl[alone[layer, n]] for n in names} for layer in range(loaded.num_layers)]
-    layers = tuple(choose(sensitivity, bits, options.budget_bits))
+    chosen = choose(sensitivity, bits, options.budget_bits)
     provenance: dict[str, Any] = {
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": loaded.model.device.type,
         "method": "KL of one layer at a time on exact prefixes, greedy per bit",
         "budget_bits": options.budget_bits,
-        "bits_per_element": sum(bits[name] for name in layers) / len(layers),
+        "bits_per_element": mean([bits[name] for name in chosen]),
         "context": options.context,
         "head_dim": head_dim,
         "seed": options.seed,
@@ -150,10 +152,11 @@ def calibrate(
         "candidates": bits,
         "sensitivity": sensitivity,
     }
+    layers = tuple(names[name] for name in chosen)
     plan = LayerPlan(loaded.fingerprint, layers, f"{loaded.name} {options.budget_bits:g} bits", provenance=provenance)
-    kl = _divergences(loaded, verified_on, (*names, plan.spelling), path, step, impl)
+    kl = _divergences(loaded, verified_on, (*names.values(), plan.spelling), path, step, impl)
     rows = [(plan.title, float(provenance["bits_per_element"]), kl[plan.spelling])]
-    rows += [(name, float(bits[name]), kl[name]) for name in names]
+    rows += [(final, float(bits[name]), kl[final]) for name, final in names.items()]
     return Calibration(plan, sorted(rows, key=lambda row: row[1]))
 
 
