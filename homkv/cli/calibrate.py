@@ -21,9 +21,7 @@ def calibrate(
     ),
     budget_bits: Annotated[float, typer.Option(help="Bits per element, everything stored counted.")] = 2.5,
     candidate: Annotated[list[str] | None, typer.Option(help="Rows format to choose from; repeat the option.")] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Shortest exact window of the plan: 64, 128, 192 or 256.")
-    ] = None,
+    window: Annotated[int | None, typer.Option(help="Shortest exact window of the plan: 64, 128, 192 or 256.")] = None,
     texts: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 4,
     prefix_pages: Annotated[int, typer.Option(min=1, help="Pages of 64 tokens before the scored tokens.")] = 16,
     scored: Annotated[int, typer.Option(min=1, help="Scored tokens of each text.")] = 64,

@@ -16,6 +16,7 @@ from homkv.models.bundles import BUNDLES, Bundle
 from homkv.models.cache import Progress, cache_root, dequantized, file_sha256
 from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported
 from homkv.models.devices import find_device
+from homkv.models.fetch import bundle_files
 from homkv.rope import RopeSpec
 
 __all__ = [
@@ -149,7 +150,7 @@ def _find(name_or_path: str, progress: Progress) -> tuple[str, str]:
     """The model's name, and what from_pretrained reads."""
     path = Path(name_or_path)
     if bundle := BUNDLES.get(name_or_path):
-        return bundle.name, str(dequantized(bundle.name, bundle.sha256, bundle.files, progress))
+        return bundle.name, str(dequantized(bundle.name, bundle.sha256, lambda: bundle_files(bundle), progress))
     if path.suffix == ".gguf" and path.is_file():
         progress(f"reading {path.name}")
         sha256 = file_sha256(path)
