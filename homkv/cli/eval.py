@@ -34,6 +34,7 @@ def evaluate(
     ] = "smollm2",
     kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Formats or plan files; repeat the option.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="text, passkey, copy, greedy, code; repeat.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure on this UTF-8 file instead of the essays.")] = None,
     texts: Annotated[int, typer.Option(help="Texts whose tails are scored.")] = 5,
     prefix: Annotated[int, typer.Option(help="Tokens of each text computed exactly.")] = 1792,
     scored: Annotated[int, typer.Option(help="Tokens of each text computed on the stored KV and scored.")] = 256,
@@ -62,7 +63,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure formats against the unquantized model: KL, perplexity, top-1, drift, retrieval, copying, code, bytes."""
-    from homkv.eval.items import Options
+    from homkv.eval.items import Options, read_text
     from homkv.eval.run import Conditions
 
     console, place = Console(), Place(device, impl, num_threads)
@@ -84,6 +85,7 @@ def evaluate(
             greedy_tokens=greedy_tokens,
             code=problems,
             code_tokens=code_tokens,
+            text=None if text is None else read_text(text),
         )
         names = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
         _measure(model, options, Conditions(names, prefill, impl, run_code), json_file, console, place, speed)
