@@ -161,17 +161,17 @@ def _report(path: Path, page: Path | None, console: Console) -> None:
 
     from homkv.eval.plots import save_plots
     from homkv.eval.record import Case, read_records
-    from homkv.eval.report import make_report, markdown, quality_table, written_table
+    from homkv.eval.report import make_report, markdown, notes, quality_table, rich_table, tables
 
     records = read_records(path)
     found = make_report(records)
     if not found.summaries:
         raise FormatError(f"expected results in {path}, found none; run homkv eval without --only-report first")
     console.print(quality_table(found))
-    if (table := written_table(found)) is not None:
-        console.print(table)
-    for a, b in found.unresolved:
-        console.print(f"not resolved: {a} and {b}", style="yellow", highlight=False)
+    for table in tables(found):
+        console.print(rich_table(*table))
+    for note in notes(found):
+        console.print(note, style="yellow", highlight=False, markup=False)
     if page is not None:
         cases = [r for r in records if isinstance(r, Case) and r.model == found.model]
         plots = save_plots(found, cases, page.parent)

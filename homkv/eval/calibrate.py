@@ -14,7 +14,7 @@ from typing import Any
 
 from homkv.errors import FormatError, ShapeError
 from homkv.eval.items import Item, encode
-from homkv.eval.record import Case
+from homkv.eval.record import CALIBRATION, Case
 from homkv.eval.run import Conditions, measure_cases
 from homkv.eval.summary import mean
 from homkv.formats import make_codec
@@ -35,7 +35,6 @@ CANDIDATES = (
     "k8420v4222",
     "k8440v4444",
 )
-TASK = "calibrate"
 Step = Callable[[str], None]
 
 
@@ -178,7 +177,7 @@ def calibration_items(loaded: LoadedModel, options: CalibrationOptions, part: in
     rng = random.Random(options.seed)
     starts = [rng.randrange(len(ids) - length) for _ in range(options.texts)]
     return [
-        Item(TASK, f"half {part + 1}, token {start}", tuple(ids[start : start + length]), options.prefix)
+        Item(CALIBRATION, f"half {part + 1}, token {start}", tuple(ids[start : start + length]), options.prefix)
         for start in starts
     ]
 

@@ -9,6 +9,7 @@ import msgspec
 from homkv.errors import FormatError
 from homkv.eval.jsonl import read_jsonl
 
+CALIBRATION = "calibrate"  # the task of cases that choose and verify plans: no report counts them
 EXACT, MODEL_BF16 = "exact", "model-bf16"  # rows that are no formats: the model itself, and all of it in bfloat16
 
 

@@ -12,6 +12,28 @@ from homkv.eval.record import Case
 QUARTERS = 4
 
 
+@dataclass(frozen=True, order=True)
+class Setting:
+    """How texts were measured: tokens of the prefix and behind it, and what the prefix itself attended to."""
+
+    prefix: int
+    scored: int
+    prefill: str
+
+    def __str__(self) -> str:
+        prefill = "" if self.prefill == "exact" else f", {self.prefill} prefill"
+        return f"{self.prefix:,} + {self.scored:,}{prefill}"
+
+
+def by_setting(cases: Sequence[Case]) -> dict[Setting, list[Case]]:
+    """Text cases by how they were measured, the setting with the most of them first."""
+    found: dict[Setting, list[Case]] = {}
+    for case in cases:
+        if case.task == "text" and not case.error:
+            found.setdefault(Setting(case.prefix, len(case.kl), case.prefill), []).append(case)
+    return dict(sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])))
+
+
 @dataclass(frozen=True)
 class Found:
     """``found`` of ``total`` prompts were answered to the letter; ``tokens``: share of the answers' tokens."""
@@ -35,6 +57,7 @@ class Summary:
     """
 
     format: str
+    num_texts: int
     num_tokens: int
     kl: Estimate | None
     perplexity: float | None
@@ -59,7 +82,8 @@ def ones(flags: str) -> list[int]:
 
 
 def summarize(cases: Sequence[Case]) -> list[Summary]:
-    """One summary per format, in the order of appearance."""
+    """One summary per format, in the order of appearance. Cases that failed are left out."""
+    cases = [c for c in cases if not c.error]
     return [_summary(name, [c for c in cases if c.format == name]) for name in dict.fromkeys(c.format for c in cases)]
 
 
@@ -71,6 +95,7 @@ def _summary(name: str, cases: Sequence[Case]) -> Summary:
     ran = [c for c in code if c.passed is not None]
     return Summary(
         format=name,
+        num_texts=len(texts),
         num_tokens=sum(len(c.kl) for c in texts),
         kl=estimate([mean(c.kl) for c in texts], weights) if texts else None,
         perplexity=math.exp(mean([x for c in texts for x in c.nll])) if texts else None,
