@@ -3,10 +3,10 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -21,19 +21,21 @@ if TYPE_CHECKING:
     from homkv.eval.gate import Check
     from homkv.eval.items import Options
     from homkv.eval.record import Record
-    from homkv.eval.run import Conditions
     from homkv.models import LoadedModel
 
 DEFAULT_FORMATS = ("fp16", "fp8", "int8", "near-lossless", "quality", "balanced", "small", "hack-2026", "hack", "kivi")
 SPEED_CONTEXT = 8192  # tokens
+RECORD = Path("runs/eval.jsonl")
+
+
+Names = list[str] | None
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="A name of homkv models, a folder, a .gguf file or a hub name.")
-    ] = "smollm2",
-    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Formats or plan files; repeat the option.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="text, passkey, copy, greedy, code; repeat.")] = None,
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A name of homkv models, folder, .gguf file or hub name.")] = "smollm2",
+    kv_cache_dtype: Annotated[Names, typer.Option(help="Formats or plan files; repeat the option.")] = None,
+    task: Annotated[Names, typer.Option(help="text, passkey, copy, greedy, code; repeat.")] = None,
     text: Annotated[Path | None, typer.Option(help="Measure on this UTF-8 file instead of the essays.")] = None,
     texts: Annotated[int, typer.Option(help="Texts whose tails are scored.")] = 5,
     prefix: Annotated[int, typer.Option(help="Tokens of each text computed exactly.")] = 1792,
@@ -43,53 +45,43 @@ def evaluate(
     copies: Annotated[int, typer.Option(help="Lines to copy of each kind.")] = 2,
     greedy: Annotated[int, typer.Option(help="Texts that the exact model continues greedily.")] = 4,
     greedy_tokens: Annotated[int, typer.Option(help="Tokens of each such continuation.")] = 128,
-    problems: Annotated[int, typer.Option(help="Problems of HumanEval.")] = 8,
+    code: Annotated[int, typer.Option("--problems", help="Problems of HumanEval.")] = 8,
     code_tokens: Annotated[int, typer.Option(help="Tokens written for each problem.")] = 96,
-    prefill: Annotated[str, typer.Option(help="exact, or quantized: the prompt attends to its own pages.")] = "exact",
+    prefill: Annotated[str, typer.Option(help="exact, or quantized: prompts attend to their own pages.")] = "exact",
     run_code: Annotated[bool, typer.Option("--run-code", help="Run what models write for HumanEval, limited.")] = False,
     speed: Annotated[bool, typer.Option(help="Time an attention step of each format.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the format's first.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
-    json_file: Annotated[Path, typer.Option("--json", help="Results; a run goes on where this file ends.")] = Path(
-        "runs/eval.jsonl"
-    ),
+    record: Annotated[Path, typer.Option("--json", help="Results; a run goes on where it ends.")] = RECORD,
     report: Annotated[Path | None, typer.Option(help="Write a Markdown page here, plots beside it.")] = None,
-    only_report: Annotated[
-        bool, typer.Option("--only-report", help="Measure nothing; report what --json holds.")
-    ] = False,
-    gate: Annotated[
-        Path | None, typer.Option(help="Measure what this file asks for; exit 1 if a format fails.")
-    ] = None,
+    only_report: Annotated[bool, typer.Option("--only-report", help="Only report what --json holds.")] = False,
+    gate: Annotated[Path | None, typer.Option(help="Measure what this file asks for; exit 1 if it fails.")] = None,
 ) -> None:
     """Measure formats against the unquantized model: KL, perplexity, top-1, drift, retrieval, copying, code, bytes."""
-    from homkv.eval.items import Options, read_text
-    from homkv.eval.run import Conditions
-
     console, place = Console(), Place(device, impl, num_threads)
     if gate is not None:
         _gate(gate, console, place)
         return
     if not only_report:
-        length = prefix + min(108, scored)  # prompts with something to find are about as long as the texts
-        options = Options(
-            tasks=tuple(task or ("text", "passkey", "copy")),
-            texts=texts,
-            prefix=prefix,
-            scored=scored,
-            passkeys=passkeys,
-            passkey_lengths=tuple(passkey_length or (length,)),
-            copies=copies,
-            copy_length=length,
-            greedy=greedy,
-            greedy_tokens=greedy_tokens,
-            code=problems,
-            code_tokens=code_tokens,
-            text=None if text is None else read_text(text),
-        )
         names = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
-        _measure(model, options, Conditions(names, prefill, impl, run_code), json_file, console, place, speed)
-    _report(json_file, report, console)
+        _measure(model, names, context.params, console, place)
+    _report(record, report, console)
+
+
+def _options(given: Mapping[str, Any]) -> "Options":
+    """What to measure. Prompts with something to find are about as long as the texts."""
+    from homkv.eval.items import Options, read_text
+
+    length = given["prefix"] + min(108, given["scored"])
+    amounts = {name: given[name] for name in Options.__dataclass_fields__ if name in given and name != "text"}
+    return Options(
+        **amounts,
+        tasks=tuple(given["task"] or ("text", "passkey", "copy")),
+        passkey_lengths=tuple(given["passkey_length"] or (length,)),
+        copy_length=length,
+        text=None if given["text"] is None else read_text(given["text"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -101,25 +93,19 @@ class Place:
     num_threads: int | None
 
 
-def _measure(
-    model: str,
-    options: "Options",
-    conditions: "Conditions",
-    path: Path,
-    console: Console,
-    place: Place,
-    speed: bool,
-) -> None:
-    """Measure everything and append it to ``path``."""
+def _measure(model: str, names: tuple[str, ...], given: Mapping[str, Any], console: Console, place: Place) -> None:
+    """Measure everything and append it to the record."""
     import torch
 
     from homkv.eval.items import make_items
     from homkv.eval.jsonl import append_jsonl
     from homkv.eval.record import newest, read_records
-    from homkv.eval.run import measure_cases
+    from homkv.eval.run import Conditions, measure_cases
     from homkv.eval.sizes import measure_sizes
     from homkv.models import load_model
 
+    options, path = _options(given), given["record"]
+    conditions = Conditions(names, given["prefill"], place.impl, given["run_code"])
     with steps(console) as progress:
         loaded = load_model(model, device=place.device, num_threads=place.num_threads, progress=progress.note)
         items = make_items(loaded.tokenizer, options)
@@ -129,10 +115,8 @@ def _measure(
         progress.note("bytes and speed")
         known = newest(read_records(path)).keys()
         ids = torch.tensor(items[0].ids[: items[0].prefix + 1])
-        speed_context = min(SPEED_CONTEXT, loaded.context_length) if speed else None
-        for record in measure_sizes(
-            loaded, ids, conditions.formats, known, impl=place.impl, speed_context=speed_context
-        ):
+        context = min(SPEED_CONTEXT, loaded.context_length) if given["speed"] else None
+        for record in measure_sizes(loaded, ids, names, known, impl=place.impl, speed_context=context):
             append_jsonl(path, record)
 
 
