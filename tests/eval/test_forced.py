@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from homkv import cli
 from homkv.errors import FormatError, ShapeError, UnsupportedError
 from homkv.eval.bootstrap import difference, estimate, resolved
+from homkv.eval.code import Problem
 from homkv.eval.encoding import HostEncodedRows, encoded_on_host
 from homkv.eval.exact import continue_greedily, run_exact
 from homkv.eval.forced import passes, score, write
@@ -212,6 +213,24 @@ def test_a_format_that_cannot_hold_the_numbers_is_recorded_and_the_run_goes_on(
     assert any("expected less" in note for note in notes(report))
     again = measure_cases(loaded, items, replace(conditions, impl="reference"), path)
     assert [c.error for c in again] == [None] * 3  # tried again
+
+
+def test_formats_write_code_and_continuations_by_themselves(loaded: LoadedModel, tmp_path: Path) -> None:
+    start = tuple(ids(180, 5).tolist())
+    problem = Problem("T/0", "def f():\n", "f", "    return 1\n", "def check(f):\n    assert f() == 1\n")
+    items = [Item("code", "T/0", start, 179, 8, problem), Item("greedy", "g", start, 179, 8)]
+    cases = measure_cases(loaded, items, Conditions(("fp16", "k2000v2000"), run_code=True), tmp_path / "w.jsonl")
+    assert not any(c.error for c in cases)
+    written = {c.format: c for c in cases if c.task == "code"}
+    assert written["exact"].similarity == written["fp16"].similarity == 1
+    assert written["fp16"].text == written["exact"].text
+    assert (written["k2000v2000"].similarity or 0) < 1
+    assert {c.passed for c in written.values()} == {False, None}  # random weights write no program
+    greedy = {s.format: s.diverges for s in summarize(cases)}
+    exact, coarse = greedy["exact"], greedy["k2000v2000"]
+    assert exact is not None
+    assert coarse is not None
+    assert coarse.mean < exact.mean == 8
 
 
 def test_scores_that_are_not_finite_are_never_written() -> None:
