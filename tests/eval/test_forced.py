@@ -34,8 +34,10 @@ from homkv.eval.sizes import measure_size, measure_sizes, measure_speed
 from homkv.eval.summary import summarize, unresolved
 from homkv.formats import make_codec
 from homkv.formats.rows import RowsCodec
-from homkv.models import LoadedModel, describe_model
+from homkv.models import BUNDLES, LoadedModel, describe_model
 from homkv.plan import LayerPlan
+
+GATES = Path(__file__).parents[2] / "benchmarks" / "gates"
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +313,17 @@ def test_gates_keep_and_fail(tmp_path: Path) -> None:
             load_gate(bad)
 
 
+@pytest.mark.parametrize("path", sorted(GATES.glob("*.json")), ids=lambda path: path.stem)
+def test_gates_ask_for_models_and_formats_that_exist(path: Path) -> None:
+    gate = load_gate(path)
+    assert gate.model in BUNDLES
+    for name, threshold in gate.formats.items():
+        make_codec(name, 64)
+        assert threshold.kl_at_most is not None
+        assert threshold.kl_at_most < 0.05
+    assert gate.model in path.stem
+
+
 def test_unknown_tasks_and_broken_files_are_refused(tmp_path: Path, loaded: LoadedModel) -> None:
     with pytest.raises(UnsupportedError, match="expected tasks out of"):
         Options(tasks=("text", "dance"))
@@ -327,7 +340,7 @@ def test_the_gate_of_a_real_model_is_kept(
     smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("homkv.models.load_model", lambda *_, **__: smollm2)
-    gate = Path(__file__).parents[2] / "benchmarks" / "gates" / "smollm2.json"
+    gate = GATES / "smollm2.json"
     monkeypatch.setattr(sys, "argv", ["homkv", "eval", "--gate", str(gate)])
     with pytest.raises(SystemExit) as end:
         cli.main()
