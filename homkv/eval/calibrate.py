@@ -142,6 +142,7 @@ def calibrate(
         "budget_bits": options.budget_bits,
         "bits_per_element": mean([bits[name] for name in chosen]),
         "context": options.context,
+        "window": RowsSpec.parse(names[chosen[0]]).min_window,
         "head_dim": head_dim,
         "seed": options.seed,
         "texts": options.texts,
