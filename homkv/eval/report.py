@@ -4,6 +4,7 @@ import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from msgspec import to_builtins
@@ -12,12 +13,16 @@ from rich.table import Table
 
 from homkv.eval.bootstrap import Estimate
 from homkv.eval.record import CALIBRATION, Case, Record, Size, Speed
+from homkv.eval.sizes import LONG, WIDE
 from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
-from homkv.formats import parse_options
+from homkv.formats import make_codec, parse_options
 from homkv.plan import BASE as PER_LAYER
 from homkv.plan import LayerPlan
+from homkv.spec import ALL_PRESETS
 
 HEADINGS = ("format", "KL [95 %]", "ppl", "top-1", "drift", "pass-key", "copy", "bits", "sent", "32k", "x 16-bit")
+
+PRESET_OF = {spelling: name for name, spelling in ALL_PRESETS.items()}
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,14 @@ def _is_main(size: Size, main: Setting | None) -> bool:
     return main is not None and size.context == main.prefix
 
 
+@cache
 def shown(name: str) -> str:
-    """A format as tables name it: a plan by its title."""
+    """A format as tables name it: a preset for its spelling; a plan by bits at 32k, window and the end of its title."""
     base, options = parse_options(name)
-    return LayerPlan.from_options(options).title if base == PER_LAYER else name
+    if base != PER_LAYER:
+        return PRESET_OF.get(name, name)
+    codec = make_codec(name, WIDE)
+    return f"plan {codec.bits_per_element(LONG):.2f} w{codec.min_window} {LayerPlan.from_options(options).title[-6:]}"
 
 
 def interval(found: Estimate | None, digits: int = 4) -> str:

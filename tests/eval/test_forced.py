@@ -276,7 +276,7 @@ def test_lengths_and_prefills_are_not_mixed() -> None:
         "6,000 + 8": ["a"],
     }
     page = markdown(report, "homkv eval", [])
-    assert f"| {plan.title} | 0.5000 | – |" in page
+    assert f"| plan 2.40 w64 {plan.title[-6:]} | 0.5000 | – |" in page
     assert "| a | – | 0.9000 |" in page
     assert "## Drift" in page  # of the longest tail
     assert "| a | 0.9000 | 0.9000 | 0.9000 | 0.9000 |" in page
