@@ -122,25 +122,31 @@ def cells(report: Report, row: Summary) -> tuple[str, ...]:
     )
 
 
-WRITTEN = ("format", "tokens before it leaves the exact model", "edit similarity of code", "passes")
+WRITTEN = ("format", "tokens before it leaves the exact model", "texts", "edit similarity of code", "passes")
 
 
 def written_rows(report: Report) -> list[tuple[str, ...]]:
     """What formats wrote by themselves, under WRITTEN: greedy continuations and code."""
     return [
-        (shown(s.format), interval(s.diverges, 1), interval(s.similarity, 3), str(s.passed))
+        (shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.similarity, 3), str(s.passed))
         for s in report.summaries
         if s.diverges is not None or s.similarity is not None
     ]
 
 
 def other_rows(report: Report) -> list[tuple[str, ...]]:
-    """KL in the other settings, one column each."""
+    """KL in the other settings, one column each; with the number of texts where these are not all."""
     order = dict.fromkeys(name for rows in report.others.values() for name in rows)
-    return [
-        (shown(name), *(interval(rows[name].kl) if name in rows else "–" for rows in report.others.values()))
-        for name in order
-    ]
+    most = {setting: max(s.num_texts for s in rows.values()) for setting, rows in report.others.items()}
+
+    def cell(name: str, setting: Setting) -> str:
+        row = report.others[setting].get(name)
+        if row is None:
+            return "–"
+        fewer = f" ({row.num_texts} of {most[setting]} texts)" if row.num_texts < most[setting] else ""
+        return interval(row.kl) + fewer
+
+    return [(shown(name), *(cell(name, setting) for setting in report.others)) for name in order]
 
 
 def drift_rows(report: Report) -> list[tuple[str, ...]]:

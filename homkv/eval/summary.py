@@ -52,8 +52,8 @@ class Summary:
 
     ``kl``: nats per token over texts; ``drift``: KL in the quarters of the scored tokens, first to last;
     ``head_error``: mean relative error of attention ``[L][H]``; ``diverges``: greedy tokens before the first that
-    differs from the exact model's; ``similarity``: edit similarity of completed code; ``passed``: tests passed, of
-    those that were run.
+    differs from the exact model's, over ``num_greedy`` texts; ``similarity``: edit similarity of completed code;
+    ``passed``: tests passed, of those that were run.
     """
 
     format: str
@@ -66,6 +66,7 @@ class Summary:
     passkey: Found
     copy: Found
     diverges: Estimate | None
+    num_greedy: int
     similarity: Estimate | None
     passed: Found
     head_error: list[list[float]]
@@ -104,6 +105,7 @@ def _summary(name: str, cases: Sequence[Case]) -> Summary:
         passkey=_found([c for c in cases if c.task == "passkey"]),
         copy=_found([c for c in cases if c.task == "copy"]),
         diverges=estimate([float(first_miss(ones(c.hit))) for c in greedy]) if greedy else None,
+        num_greedy=len(greedy),
         similarity=estimate([c.similarity or 0.0 for c in code]) if code else None,
         passed=Found(sum(bool(c.passed) for c in ran), len(ran), mean([bool(c.passed) for c in ran]) if ran else 0.0),
         head_error=_head_error(texts),
