@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import msgspec
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,6 +24,7 @@ from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import Cell
 from homkv.bench.pd.options import BASE, PdOptions
 from homkv.bench.pd.pool import CellError, Pool, PoolOptions
+from homkv.bench.pd.probe import probe, probe_beside
 from homkv.bench.pd.workload import poisson
 from homkv.sim.record import Line, Run, RunInfo, StepSample, read_record, write_record
 from homkv.sim.trace import Request
@@ -76,6 +78,7 @@ class PdBench:
         self.shape = MODELS[options.model]
         self._pool: Pool | None = None
         self._steps: dict[object, list[StepSample]] = {}  # by Point.key
+        self._beside: dict[object, list[StepSample]] = {}  # by workload and format
         self._done: set[str] = set()
         self.skipped: list[str] = []
 
@@ -123,11 +126,8 @@ class PdBench:
         base = Point(workload, cell, 0.0, [], 0.0)
         if not self._try(base, lambda pool, deadline_s: self._probe(pool, base, deadline_s)):
             return []
-        devices, workers = (
-            (*leg.prefill_devices, *leg.decode_devices),
-            (len(leg.prefill_devices), len(leg.decode_devices)),
-        )
-        is_shared = len(set(devices)) < len(devices) and devices[0] != "cpu"
+        workers = (len(leg.prefill_devices), len(leg.decode_devices))
+        is_shared = len(set(self._devices)) < len(self._devices) and self._devices[0] != "cpu"
         capacity = capacity_rps(self._steps[base.key], lengths, cell, self._form(BASE), workers, is_shared)
         return [(load, load * capacity) for load in leg.loads]
 
@@ -200,21 +200,20 @@ class PdBench:
         self._pool = None
 
     def _probe(self, pool: Pool, point: Point, deadline_s: float) -> None:
-        """Two requests, one at a time, in a system at rest: what a request takes besides its steps. Once per format."""
+        """Steps at rest, once per format; where workers share a device, also beside one another."""
         if point.key in self._steps:
             return
-        samples = []
-        for tokens in sorted(set(point.cell.prompts)):
-            outcome = run_cell(pool, point.cell, [Request("0", 0.0, tokens, 2)], deadline_s)
-            record = outcome.records("", lambda _: 0)[0]
-            samples += [("unpack", tokens, record.unpack_s), ("handoff", tokens, record.queue_s + record.wait_s)]
-        steps = [StepSample(run_id="", stage=s, batch=1, tokens=n, seconds=t) for s, n, t in samples]  # type: ignore[arg-type]
-        for rank in (0, pool.num_prefill):  # one of each kind
-            for step in outcome.opened[rank].steps:
-                steps.append(
-                    StepSample(run_id="", stage=step.stage, batch=step.batch, tokens=step.tokens, seconds=step.seconds)
-                )
+        steps = probe(pool, point.cell, deadline_s)
+        if len(set(self._devices)) < len(self._devices):
+            place = (point.workload, point.cell.format)
+            if not point.cell.kv_budget_bytes:  # a budget may not hold two sequences
+                self._beside[place] = probe_beside(pool, point.cell, steps, deadline_s)
+            steps += self._beside.get(place, [])
         self._steps[point.key] = steps
+
+    @property
+    def _devices(self) -> tuple[str, ...]:
+        return (*self.options.prefill_devices, *self.options.decode_devices)
 
     def _write(self, point: Point, outcome: Outcome, pool: Pool) -> None:
         form = self._form(point.cell.format)
@@ -227,7 +226,7 @@ class PdBench:
 
 def with_run(step: StepSample, run_id: str) -> StepSample:
     """The sample under another run's name."""
-    return StepSample(run_id=run_id, stage=step.stage, batch=step.batch, tokens=step.tokens, seconds=step.seconds)
+    return msgspec.structs.replace(step, run_id=run_id)
 
 
 def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> RunInfo:
