@@ -65,24 +65,22 @@ def beside(
     requests = [Request("0", 0.0, low, answer), Request("1", 1.2 * prefill_s[low], high, 2)]
     decoding, computed = replay(clients, requests, cut_prompts(ids, requests), kv_cache_dtype, timeout_s=timeout_s)
     assert computed.answer.prefill is not None
-    times, moments = computed.answer.prefill.times, decoding.answer.arrived_s
-    inside = [(i, b - a) for i, (a, b) in enumerate(itertools.pairwise(moments)) if during(a, b, times)]
-    if len(inside) < plan.min_steps or moments[-1] < times.computed_s:
+    return overlapping(decoding.answer.arrived_s, low, computed.answer.prefill.times, high, plan.min_steps)
+
+
+def overlapping(
+    moments: Sequence[float], behind: int, times: PrefillTimes, prompt_tokens: int, min_steps: int
+) -> list[StepSample]:
+    """Samples of tokens at ``moments``, behind a prompt of ``behind`` tokens, and of a prompt computed meanwhile."""
+    start_s, end_s = times.start_s, times.computed_s
+    inside = [(i, b - a) for i, (a, b) in enumerate(itertools.pairwise(moments)) if start_s <= a and b <= end_s]
+    if len(inside) < min_steps or moments[-1] < end_s:
         return []
-    held = low + round(statistics.fmean(i for i, _ in inside))
+    held, step_s = behind + round(statistics.fmean(i for i, _ in inside)), statistics.fmean(s for _, s in inside)
     return [
-        StepSample(
-            run_id="", stage="decode", batch=1, tokens=held, seconds=statistics.fmean(s for _, s in inside), beside=True
-        ),
-        StepSample(
-            run_id="", stage="prefill", batch=1, tokens=high, seconds=times.computed_s - times.start_s, beside=True
-        ),
+        StepSample(run_id="", stage="decode", batch=1, tokens=held, seconds=step_s, beside=True),
+        StepSample(run_id="", stage="prefill", batch=1, tokens=prompt_tokens, seconds=end_s - start_s, beside=True),
     ]
-
-
-def during(start_s: float, end_s: float, times: PrefillTimes) -> bool:
-    """Whether a step lies within the computation of a prompt."""
-    return times.start_s <= start_s and end_s <= times.computed_s
 
 
 def together(
