@@ -87,7 +87,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> 
 class Asked:
     """A request to a dispatcher and every token that its owner was told, which must come in order."""
 
-    def __init__(self, dispatcher: Dispatcher, query: Query, request_id: str | None = None) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, query: Query, request_id: str | None = None, patience_s: float = PATIENCE_S
+    ) -> None:
+        self.patience_s = patience_s  # for each event
         self.events: queue.SimpleQueue[Progress | Token | Ended] = queue.SimpleQueue()
         self.told: list[Token] = []
         self.request_id = dispatcher.submit(query, self.events.put, request_id)
@@ -102,7 +105,7 @@ class Asked:
         return self.tokens, self.told[0].evidence if self.told else None
 
     def next(self) -> Progress | Token | Ended:
-        event = self.events.get(timeout=PATIENCE_S)
+        event = self.events.get(timeout=self.patience_s)
         if isinstance(event, Token):
             assert event.index == len(self.told)
             self.told.append(event)
