@@ -19,7 +19,7 @@ from homkv.transport.keys import KeyPair, Security
 
 Report = Callable[[str, str], None]  # (instance, line of text)
 LOG_LINES = 20  # of an instance's log, quoted in errors
-STOP_TIMEOUT_S = 10.0  # a child that has not stopped by then is killed
+STOP_TIMEOUT_S = 30.0  # a child that has not stopped by then is killed; it takes none but on a busy machine
 COMMAND = "homkv.cli"  # the module that children run
 # Every transfer has threads of its own. With an arena for each, glibc keeps what they freed, and memory creeps up.
 FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}

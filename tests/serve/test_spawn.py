@@ -95,6 +95,18 @@ def check_answer(made: Client, expected: list[int]) -> None:
     assert answer.prefill.times.send_busy_s == pytest.approx(answer.prefill.wire_bytes * 8 / 4e6)  # --link-gbps
 
 
+def test_a_process_that_does_not_stop_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalCluster(InstanceOptions(str(folder), ("balanced",), num_threads=1)) as pair:
+        stuck, sound = pair.processes["decode-0"], pair.processes["prefill-0"]
+        stuck.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr("homkv.serve.spawn.STOP_TIMEOUT_S", 0.5)
+        pair.processes.pop("prefill-0")  # has all the time that it needs
+        sound.communicate()
+        pair.close()
+    assert stuck.returncode == -signal.SIGKILL
+    assert sound.returncode == 0
+
+
 def test_a_process_that_cannot_start_is_an_error_with_its_log(folder: Path) -> None:
     with (
         pytest.raises(TransferError, match=r"(?s)decode-0 instance to start.*code 2; its log:.*--num-threads"),
