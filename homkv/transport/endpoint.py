@@ -68,7 +68,7 @@ def open_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, options: L
     socket.maxmsgsize = max(options.max_frame_bytes, options.max_message_bytes) + FRAME_OVERHEAD
     socket.sndhwm, socket.rcvhwm = options.max_messages, 0
     socket.heartbeat_ivl = max(timeout_ms // 4, 1)
-    socket.heartbeat_timeout = max(timeout_ms // 2, 1)
+    socket.heartbeat_timeout = max(3 * timeout_ms // 4, 1)  # with the wait for the next heartbeat: all of it
     socket.handshake_ivl = timeout_ms
     socket.sndtimeo = timeout_ms
     socket.linger = int(options.linger_s * 1000)

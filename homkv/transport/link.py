@@ -110,6 +110,7 @@ class Listener:
         while (happened := self._monitor.next()) is not None:
             if happened in ("untrusted_key", "handshake"):
                 self.refused[happened] += 1
+                log.warning("refused a peer: %s", happened)
         while self._socket.poll(0):
             if len(events) >= MAX_EVENTS:
                 return events

@@ -35,9 +35,9 @@ from homkv.transport.sender import FrameSender
 VOCABULARY, CONTEXT, NUM_LAYERS = 200, 2048, 2
 NAN_TOKEN = 199  # its embedding is NaN: whatever attends to it overflows
 OPEN = Security(insecure=True)
-OPTIONS = replace(SERVING, peer_timeout_s=4.0, ack_timeout_s=8.0, linger_s=0.2)
-PROMPT_S = 3.0  # "promptly": far below every timeout of the link, with room for a busy machine
-PATIENCE_S = 20.0
+OPTIONS = replace(SERVING, peer_timeout_s=10.0, ack_timeout_s=20.0, linger_s=0.2)
+PROMPT_S = 7.0  # "promptly": far below every timeout of the link, with room for a busy machine
+PATIENCE_S = 60.0  # how long a test waits for what must happen; never so long when it does
 ENDPOINT = "tcp://127.0.0.1:0"
 FORMATS = ["fp16", "balanced"]
 

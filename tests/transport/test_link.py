@@ -268,7 +268,9 @@ def test_a_peer_that_does_not_read_is_given_up(start_child: Callable[[str], "sub
         assert events == [PeerLost(hello.peer)]
 
 
-def test_a_stranger_is_counted_once_and_a_lost_peer_is_not_one(listener: Listener) -> None:
+def test_a_stranger_is_logged_and_counted_once_and_a_lost_peer_is_not_one(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
     """A refusal is told by libzmq, or by a connection that ends before it was made."""
     with pytest.raises(LinkError, match="handshake"):
         Peer(listener.endpoint, Messages, Security(insecure=True), options=FAST)
@@ -279,6 +281,7 @@ def test_a_stranger_is_counted_once_and_a_lost_peer_is_not_one(listener: Listene
     for _ in range(20):
         listener.poll(0.05)
     assert listener.refused == {"handshake": 1}
+    assert [r.getMessage() for r in caplog.records if "refused" in r.getMessage()] == ["refused a peer: handshake"]
 
 
 def test_limits_are_checked() -> None:
