@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,14 @@ from homkv.eval.chaos.run import measure_clean_s, run_case
 from homkv.eval.chaos.service import Cell, Subject, open_subject
 from homkv.eval.chaos.threads import ThreadCell
 from homkv.serve.decode import DecodeInstance
+from homkv.serve.messages import Choice, Token
 from homkv.serve.query import Policy
+from homkv.serve.status import StatusBoard
 from homkv.testing.faults import MESSAGES, Fault, Where, combinations, random_plan
+from homkv.testing.models import VOCABULARY
+from homkv.testing.names import SEAL_BYTES, SealedNames
 from homkv.transport import wire
+from homkv.transport.endpoint import encode_message
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,21 @@ def test_sealed_messages_are_told_apart(subject: Subject) -> None:
     optional = {"Renew", "Failed", "Done", "Cancel"}  # by the clock, or if Cancel comes in time
     plain, sealed = ({where: names - optional for where, names in each.items()} for each in seen)
     assert plain == sealed
+
+
+def test_a_status_that_has_counted_much_is_told_from_a_token() -> None:
+    """Under keys by their lengths; what is counted lengthens a Status."""
+    board = StatusBoard("decode", "ab" * 16, ["balanced"])
+    gauges = dict.fromkeys(("requests_running", "blocks_free", *"abcdefg"), 1.0)
+    board.counters.update(dict.fromkeys(("steps", "tokens", "leases_expired", "failed.LinkError"), 1))
+    refused = Counter(dict.fromkeys(("untrusted_key", "handshake", "malformed", "digest", "sequence", "epoch"), 1))
+    status = board.report(1, refused, gauges)
+    token = Token("a" * 26, 3, Choice(150, -1.25, []), logits=bytes(4 * VOCABULARY))
+    for message in (status, token):
+        names = SealedNames("decode")
+        assert names.name(False, [bytes(SEAL_BYTES + 1)]) == "sealed"
+        body = encode_message(message, 1 << 20)
+        assert names.name(False, [bytes(SEAL_BYTES + len(body))]) == type(message).__name__
 
 
 def test_a_killed_and_a_stopped_process(subject: Subject, references: References) -> None:

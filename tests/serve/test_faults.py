@@ -205,7 +205,7 @@ def test_a_decode_instance_killed_in_the_middle_is_a_link_error(loaded: LoadedMo
             pair.decoder._rooms._given.clear()  # a killed process tells nobody
             threading.Thread(target=pair.decode.close).start()
 
-        with pytest.raises(LinkError, match="vanished"):
+        with pytest.raises(TransferError, match="vanished"):  # our connection's, or what prefill says of its own
             client.generate(VICTIM, on_layer=kill, timeout_s=PATIENCE_S)
         with pytest.raises(LinkError, match="none connected"):
             client.generate(VICTIM)
