@@ -17,6 +17,7 @@ from homkv.attention.triton.encode import (
     EncodeConfig,
     check_status_word,
     constants,
+    interpreted,
     lanes_for,
     options,
     slots_on_device,
@@ -85,7 +86,7 @@ def window_kernel(
     KNew, VNew, k_stride_b, k_stride_h, v_stride_b, v_stride_h, Due, Pool, ExactK, ExactV, Table, PageTable, NumPages,
     ExactLen, Slots, SlotOf, Status, max_pages, num_blocks, num_slots,
     K: tl.constexpr, V: tl.constexpr, GAPS: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr,
-    USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
+    USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     K_LANES: tl.constexpr, V_LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr,
     HEADS: tl.constexpr, EXACT: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +119,7 @@ def window_kernel(
                 if due:
                     encode_values(
                         exact_v + SINKS * D, STRIDE, D, pool, blocks, Status, first, HEADS, HEADS, num_blocks, V, c,
-                        PAGE_BYTES, C, V_LANES, OVERLAP, THREADS, True,
+                        PAGE_BYTES, V_LANES, OVERLAP, THREADS, True,
                     )  # fmt: skip
                     tl.debug_barrier()
                 finish(
@@ -130,7 +131,7 @@ def window_kernel(
         if due:
             encode_keys(
                 exact_k + SINKS * D, STRIDE, D, exact_v + SINKS * D, STRIDE, D, pool, blocks, SlotOf, Status, first,
-                HEADS, HEADS, num_blocks, K, GAPS, ORDER, CENTRE, USED, PAGE_BYTES, D, DP, C, K_LANES, THREADS, True,
+                HEADS, HEADS, num_blocks, K, GAPS, ORDER, CENTRE, USED, PAGE_BYTES, D, DP, K_LANES, THREADS, True,
             )  # fmt: skip
             tl.debug_barrier()
         finish(exact_k, STRIDE, k_new, k_stride_h, Status, due, last, first, stop, D, 0, D, SINKS, NEW)
@@ -211,11 +212,10 @@ def _launch(
 @functools.lru_cache(maxsize=64)
 def window_config(codec: RowsCodec) -> EncodeConfig:
     """How the few pages of a window are spread over threads: many lanes per row of values."""
+    if is_interpreting():
+        return interpreted(codec.layout)
     quarter = codec.head_dim // 4
-    channels = quarter & -quarter
-    if not is_interpreting():
-        channels = min(channels, 8)
-    return EncodeConfig(lanes_for(codec.layout.k_classes, 4), min(VALUE_LANES, channels), channels, overlap=True)
+    return EncodeConfig(lanes_for(codec.layout.k_classes, 4), min(VALUE_LANES, quarter & -quarter), overlap=True)
 
 
 def _addresses(views: tuple[LayerView, ...]) -> Tensor:
