@@ -1,8 +1,9 @@
 """Rows to codes and scales in registers: the arithmetic of docs/format.md in its order, so that every byte agrees.
 
-A **row** is one token's channels of a class. LANES threads share it: channel ``j * LANES + lane`` is tensor j of a tuple
-of tensors ``[N]``, a number per thread. The format's sums halve a row from the top, so all but the last few additions
-are between registers of one thread, and no channel ever moves. What belongs to a row is the same in all its lanes.
+A **row** is one token's channels of a class. LANES threads share it: channel ``j * LANES + lane`` is tensor j of a
+tuple of tensors ``[N]``, a number per thread. The format's sums halve a row from the top, so all but the last few
+additions are between registers of one thread, and no channel ever moves. What belongs to a row is the same in all its
+lanes.
 
 Kernels that use this must be launched with ``enable_fp_fusion=False``. Where one rounding instead of two gives the
 same number (a product with a power of two, or of few bits) the code says ``tl.fma``.

@@ -186,8 +186,8 @@ def dwords(codes, BITS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def encode_rows(
-    token, centre, packed, lane, K: tl.constexpr, I: tl.constexpr, ORDER: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
-    DTYPE: tl.constexpr,
+    token, centre, packed, lane, K: tl.constexpr, I: tl.constexpr, ORDER: tl.constexpr, D: tl.constexpr,
+    LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Append the codes of one token per row to ``packed``: the next plane. Returns it and the bits of the scales."""
     WIDTH: tl.constexpr = K[I][1]

@@ -186,9 +186,7 @@ def put_in_order(codes, lane, live, WIDTH: tl.constexpr, BITS: tl.constexpr, LAN
 
 
 @triton.jit
-def load_rotated(
-    address, lane, V: tl.constexpr, I: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr
-):
+def load_rotated(address, lane, V: tl.constexpr, I: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr):
     """Class I of rows, rotated; ``address [N] int64`` is of the row's first channel."""
     x = load_floats(address, V[I][0], V[I][1], DTYPE)
     return rotate(x, lane, LANES, V[I][1] & -V[I][1])

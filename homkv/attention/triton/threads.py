@@ -57,9 +57,10 @@ HALVES = tl.constexpr("{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; c
 @triton.jit
 def to_floats(word, DTYPE: tl.constexpr):
     """The numbers of type DTYPE in a register, as float32."""
-    if DTYPE == tl.float32:
+    WIDE: tl.constexpr = DTYPE.primitive_bitwidth == 32
+    if WIDE:
         return (word.to(tl.float32, bitcast=True),)
-    elif DTYPE == tl.bfloat16:
+    elif DTYPE.is_bf16():
         return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
     elif USE_PTX:
         return tl.inline_asm_elementwise(
@@ -126,7 +127,7 @@ def unsigned_type(size):
 
 @triton.jit
 def load_own(address, where, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """COUNT words of SIZE bytes (one, if fewer than 4) as int32, which this program wrote; zeros where not ``where``."""
+    """COUNT words of SIZE bytes (one, if fewer than 4) as int32, which this program wrote; zeros unless ``where``."""
     if USE_PTX:
         asm: tl.constexpr = own_load(COUNT, SIZE)
         operands: tl.constexpr = own_constraints(True, COUNT)
