@@ -16,7 +16,15 @@ from homkv.attention.triton.encode_values import (
     one_byte,
     sign_bits,
 )
-from homkv.attention.triton.threads import load_floats, load_own, load_word, or_lanes, store_own, to_floats
+from homkv.attention.triton.threads import (
+    bytes_of_stride,
+    load_floats,
+    load_own,
+    load_word,
+    or_lanes,
+    store_own,
+    to_floats,
+)
 
 WARP = tl.constexpr(32)  # threads that share a page's centre
 
@@ -242,7 +250,7 @@ def encode_keys(
     TOKENS: tl.constexpr = tokens_at_once(ROWS)
     DTYPE: tl.constexpr = KIn.dtype.element_ty
     thread = tl.arange(0, THREADS)
-    stride = stride_t.to(tl.int64) * (DTYPE.primitive_bitwidth // 8)
+    stride = bytes_of_stride(stride_t, DTYPE.primitive_bitwidth // 8)
     stop = tl.minimum(first + pages_at_once(ROWS), count)
     wrong = 0
     for start in tl.range(first, stop, THREADS // WARP, num_stages=1):
@@ -252,7 +260,7 @@ def encode_keys(
         wrong |= encode_centre(k, stride, SlotOf, page, i < stop, USED, PAGE_BYTES, CENTRE, D, DP, DTYPE) * KEY_MEAN
     if len(GAPS) > 0:
         for i in tl.range(first, stop, num_stages=1):
-            v = VIn + (i % heads).to(tl.int64) * v_stride_h + (i // heads).to(tl.int64) * 64 * v_stride_t
+            v = VIn + tl.cast(i % heads, tl.int64) * v_stride_h + tl.cast(i // heads, tl.int64) * 64 * v_stride_t
             wrong |= gaps_not_finite(v, v_stride_t, GAPS) * NOT_FINITE
     tl.debug_barrier()  # the centre is read by other threads than wrote it
     row = thread // LANES

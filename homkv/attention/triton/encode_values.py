@@ -11,6 +11,7 @@ import triton.language as tl
 from homkv.attention.triton.encode_fit import fit2, fit4, fit8, rotate
 from homkv.attention.triton.lanes import MAGIC, USE_PTX
 from homkv.attention.triton.threads import (
+    bytes_of_stride,
     load_floats,
     load_own,
     load_word,
@@ -207,7 +208,7 @@ def encode_value_class(
     J: tl.constexpr = WIDTH // LANES
     ACCESS: tl.constexpr = group_of(J) * words_of(J)
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    stride = stride_t.to(tl.int64) * SIZE
+    stride = bytes_of_stride(stride_t, SIZE)
     codes_at = page + V[I][3]
     error = ()
     for _ in tl.static_range(J):

@@ -24,6 +24,12 @@ def vector_of(count, start_bytes):
     return max(n for n in (1, 2, 4) if count % n == 0 and start_bytes % (4 * n) == 0)
 
 
+@triton.jit
+def bytes_of_stride(stride, SIZE: tl.constexpr):
+    """A stride in numbers of SIZE bytes, constant or not, as int64 bytes."""
+    return tl.full([], SIZE, tl.int64) * stride
+
+
 # -- loads ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,12 +120,6 @@ def own_constraints(loads, count):
 
 
 @triton.constexpr_function
-def types_of(count):
-    """Types of what a load gives."""
-    return tl.int32 if count == 1 else (tl.int32,) * count
-
-
-@triton.constexpr_function
 def unsigned_type(size):
     """Integer type of so many bytes."""
     return {1: tl.uint8, 2: tl.uint16, 4: tl.int32}[size]
@@ -131,14 +131,15 @@ def load_own(address, where, COUNT: tl.constexpr, SIZE: tl.constexpr):
     if USE_PTX:
         asm: tl.constexpr = own_load(COUNT, SIZE)
         operands: tl.constexpr = own_constraints(True, COUNT)
-        types: tl.constexpr = types_of(COUNT)
-        out = tl.inline_asm_elementwise(
-            asm, operands, [address, where.to(tl.int32)], dtype=types, is_pure=False, pack=1
-        )
+        where = where.to(tl.int32)
         if COUNT == 1:
-            return (out,)
+            return (tl.inline_asm_elementwise(asm, operands, [address, where], dtype=tl.int32, is_pure=False, pack=1),)
+        elif COUNT == 2:
+            types: tl.constexpr = (tl.int32, tl.int32)
+            return tl.inline_asm_elementwise(asm, operands, [address, where], dtype=types, is_pure=False, pack=1)
         else:
-            return out
+            types: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+            return tl.inline_asm_elementwise(asm, operands, [address, where], dtype=types, is_pure=False, pack=1)
     else:
         TYPE: tl.constexpr = unsigned_type(SIZE)
         out = ()
