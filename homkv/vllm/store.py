@@ -2,9 +2,10 @@
 
 Page j holds tokens ``[64 j, 64 j + 64)``. Unlike elsewhere in homkv the first 64 tokens, not 4, are sinks: so pages
 never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as soon as its last token is there.
-Attention nevertheless reads the newest 64 to 127 stored tokens exactly, from a ring of two halves, and beside them the
-token that it is computed for: token t lies in half ``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function of the position, so storing a token twice, as the
-decode side of a transfer does with the last prompt token, leaves the same bytes.
+Attention nevertheless reads the newest 64 to 127 stored tokens exactly, and beside them the token that it is computed
+for. They lie in a ring of two halves: token t in half ``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function
+of the position, so storing a token twice, as the decode side of a transfer does with the last prompt token, leaves the
+same bytes.
 
 A full half carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand
 for page j only while the tag names the page that the sequence's own page table points to. So a ring block that was
