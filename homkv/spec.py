@@ -26,6 +26,9 @@ PRESETS: dict[str, str] = {
     "near-lossless": "k8444v4444",
     "int8": "k8888v8888",
 }
+# The same pages behind a longer exact window, for contexts of 8k tokens and more (docs/decisions/0017).
+LONG_PRESETS: dict[str, str] = {"small-long": "k4220v2222w192", "balanced-long": "k4420v2222w192"}
+ALL_PRESETS = PRESETS | LONG_PRESETS
 DEFAULT_FORMAT = "balanced"
 
 
@@ -100,11 +103,12 @@ class RowsSpec:
     @classmethod
     def parse(cls, name: str) -> "RowsSpec":
         """Read ``kABCDvEFGH``, ``kABCDvEFGHwN`` or a preset's name. Raises FormatError."""
-        match = re.fullmatch(r"k([0248]{4})v([0248]{4})(?:w([1-9][0-9]{0,4}))?", PRESETS.get(name, name))
+        spelling = ALL_PRESETS.get(name, name)
+        match = re.fullmatch(r"k([0248]{4})v([0248]{4})(?:w([1-9][0-9]{0,4}))?", spelling)
         if match is None:
             raise FormatError(
-                f"expected a preset ({', '.join(PRESETS)}) or kABCDvEFGH[wN] with digits 0, 2, 4, 8, found {name!r}; "
-                "`homkv formats` lists all formats"
+                f"expected a preset ({', '.join(ALL_PRESETS)}) or kABCDvEFGH[wN] with digits 0, 2, 4, 8, found "
+                f"{name!r}; `homkv formats` lists all formats"
             )
         k, v = (tuple(int(d) for d in group) for group in match.groups()[:2])
         return cls(k, v, int(match[3] or MIN_WINDOW))  # type: ignore[arg-type]  # the pattern fixes the length

@@ -161,6 +161,7 @@ UNSUPPORTED = {
     "deepseek_v3": {},
     "falcon": {"alibi": True},
     "gemma3_text": {},
+    "gemma2": {"layer_types": ["full_attention"] * 26},  # caps its scores
     "jamba": {},
     "mamba": {},
     "mistral": {"sliding_window": 4096, "max_position_embeddings": 32768},

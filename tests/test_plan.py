@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from homkv.errors import FormatError
 from homkv.formats import make_codec, parse_options
+from homkv.models import LoadedModel
 from homkv.plan import LayerPlan, spelled
 
 MODEL = "0123456789abcdef" * 2
@@ -109,3 +110,29 @@ def test_another_model_is_refused() -> None:
         PLAN.check_model("f" * 32, 4)
     with pytest.raises(FormatError, match="5 layers, found one for 4"):
         PLAN.check_model(MODEL, 5)
+
+
+KEPT = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_kept_plans_hold_what_their_names_promise(path: Path) -> None:
+    """MODEL-BITS.json: at most BITS at 32k tokens of head_dim 128, everything counted, as its provenance says."""
+    plan = LayerPlan.load(path)
+    model, _, budget = path.stem.rpartition("-")
+    bits = make_codec(plan.spelling, 128).bits_per_element(32_768)
+    assert 0.97 * float(budget) < bits <= float(budget)
+    assert bits == pytest.approx(plan.provenance["bits_per_element"])
+    assert plan.provenance["model"] == model
+    assert len(plan.provenance["sensitivity"]) == len(plan.layers)
+
+
+def test_plans_are_kept_of_three_models_for_two_budgets() -> None:
+    assert len(KEPT) == 6
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("budget", ["2.25", "2.6"])
+def test_a_kept_plan_is_for_the_model_of_its_name(budget: str, smollm2: LoadedModel) -> None:
+    (path,) = (p for p in KEPT if p.stem == f"smollm2-{budget}")
+    LayerPlan.load(path).check_model(smollm2.fingerprint, smollm2.num_layers)

@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homkv.errors import FormatError, UnsupportedError
-from homkv.spec import DIGITS, HEAD_DIMS, PAGE_ALIGN, PAGE_TOKENS, PRESETS, RowsSpec, class_widths
+from homkv.spec import (
+    ALL_PRESETS,
+    DIGITS,
+    HEAD_DIMS,
+    LONG_PRESETS,
+    PAGE_ALIGN,
+    PAGE_TOKENS,
+    RowsSpec,
+    class_widths,
+)
 
 digits = st.tuples(*[st.sampled_from(DIGITS)] * 4)
 
@@ -29,10 +38,17 @@ def test_presets_cost_what_the_design_says(preset: str, bytes_per_token: int) ->
     assert RowsSpec.parse(preset).layout(128).used_bytes / PAGE_TOKENS == pytest.approx(bytes_per_token, abs=1)
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *PRESETS.values(), "k0000v0000", "k8888v2220"])
+@pytest.mark.parametrize("name", LONG_PRESETS)
+def test_long_presets_are_the_pages_of_others_behind_another_window(name: str) -> None:
+    long, short = RowsSpec.parse(name), RowsSpec.parse(name.removesuffix("-long"))
+    assert long.layout(128) == short.layout(128)
+    assert long.min_window > short.min_window
+
+
+@pytest.mark.parametrize("name", [*ALL_PRESETS, *ALL_PRESETS.values(), "k0000v0000", "k8888v2220"])
 def test_names_round_trip(name: str) -> None:
     spec = RowsSpec.parse(name)
-    assert spec.name == PRESETS.get(name, name)
+    assert spec.name == ALL_PRESETS.get(name, name)
     assert RowsSpec.parse(spec.name) == spec
 
 

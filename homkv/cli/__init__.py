@@ -6,7 +6,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from homkv.cli import basis, bench, calibrate, chaos, demo, doctor, eval, formats, keys, serve, serve_vllm, sim, trace
+from homkv.cli import (
+    basis,
+    bench,
+    calibrate,
+    chaos,
+    demo,
+    doctor,
+    eval,
+    formats,
+    keys,
+    models,
+    serve,
+    serve_vllm,
+    sim,
+    trace,
+)
 from homkv.errors import HomkvError
 
 app = typer.Typer(
@@ -28,6 +43,7 @@ app.command(
 )(serve.serve)
 app.command("serve-vllm", hidden=True, context_settings={"allow_extra_args": True})(serve_vllm.serve)
 app.add_typer(keys.app, name="keys")
+app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
 app.add_typer(sim.app, name="sim")
 

@@ -1,16 +1,14 @@
 """``homkv calibrate``: a plan that gives each layer of a model its own format."""
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from homkv.cli.progress import steps
 
 if TYPE_CHECKING:
     from homkv.eval.calibrate import Calibration
@@ -18,52 +16,44 @@ if TYPE_CHECKING:
 
 def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
-    model: Annotated[str, typer.Option(help="smollm2, qwen2.5-coder-0.5b, a folder, a .gguf file or a hub name.")] = (
+    model: Annotated[str, typer.Option(help="A name of homkv models, a folder, a .gguf file or a hub name.")] = (
         "smollm2"
     ),
     budget_bits: Annotated[float, typer.Option(help="Bits per element, everything stored counted.")] = 2.5,
     candidate: Annotated[list[str] | None, typer.Option(help="Rows format to choose from; repeat the option.")] = None,
+    window: Annotated[int | None, typer.Option(help="Shortest exact window of the plan: 64, 128, 192 or 256.")] = None,
     texts: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 4,
     prefix_pages: Annotated[int, typer.Option(min=1, help="Pages of 64 tokens before the scored tokens.")] = 16,
     scored: Annotated[int, typer.Option(min=1, help="Scored tokens of each text.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Decides which texts.")] = 0,
     context: Annotated[int, typer.Option(min=1, help="Tokens at which bits are counted.")] = 32_768,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Channels at which bits are counted; default: the model's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the device's first.")] = None,
     num_threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Append the verification to this file.")] = None,
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Measurements; a search goes on where this file ends.")
+    ] = Path("runs/calibrate.jsonl"),
 ) -> None:
     """Search the format of every layer within a budget of bits; use the plan as --kv-cache-dtype FILE.json."""
-    from homkv.eval.calibrate import CANDIDATES, CalibrationOptions
+    from homkv.eval.calibrate import CANDIDATES, CalibrationOptions, num_cases
     from homkv.eval.calibrate import calibrate as search
     from homkv.models import load_model
 
     options = CalibrationOptions(
-        budget_bits, tuple(candidate or CANDIDATES), texts, prefix_pages, scored, seed, context
+        budget_bits, tuple(candidate or CANDIDATES), window, texts, prefix_pages, scored, seed, context, head_dim
     )
+    options.names()  # names that are wrong are said before a model is loaded
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=None)
-        loaded = load_model(
-            model, num_threads=num_threads, progress=lambda text: progress.update(task, description=text)
-        )
-
-        def begin(what: str, steps: int) -> Callable[[], None]:
-            progress.reset(task, total=steps, description=what)
-            return lambda: progress.advance(task)
-
-        found = search(loaded, options, begin)
+    with steps(console) as progress:
+        loaded = load_model(model, device=device, num_threads=num_threads, progress=progress.note)
+        progress.start(num_cases(loaded, options))
+        found = search(loaded, options, json_file, progress.next, impl)
     found.plan.save(output)
     console.print(render(found, texts * scored))
     console.print(f"wrote {output}: use it as --kv-cache-dtype {output}", highlight=False)
-    if json_file is not None:
-        append(json_file, {"plan": found.plan.title, "options": asdict(options), "verified": found.verified})
-
-
-def append(file: Path, line: dict[str, object]) -> None:
-    """Append one JSON line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
-        lines.write(json.dumps(line) + "\n")
 
 
 def render(found: "Calibration", num_tokens: int) -> Table:

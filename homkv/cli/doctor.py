@@ -119,9 +119,10 @@ def check_data() -> Iterator[Check]:
     from homkv import texts
     from homkv.models import BUNDLES, cache_root
     from homkv.models.bundles import SMOLLM2
+    from homkv.models.fetch import is_here
 
     for bundle in BUNDLES.values():
-        missing = bundle.missing()
+        missing = [] if is_here(bundle) else bundle.missing()
         detail = (
             f"not installed: {', '.join(missing)}"
             if missing

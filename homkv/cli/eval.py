@@ -1,151 +1,123 @@
 """``homkv eval``: what formats do to a model, beside their bytes and their speed; and the gate that keeps it so."""
 
-import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from homkv.cli.progress import steps
 from homkv.errors import FormatError
 from homkv.plan import spelled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from homkv.eval.gate import Check
     from homkv.eval.items import Options
     from homkv.eval.record import Record
-    from homkv.eval.run import Conditions
     from homkv.models import LoadedModel
 
 DEFAULT_FORMATS = ("fp16", "fp8", "int8", "near-lossless", "quality", "balanced", "small", "hack-2026", "hack", "kivi")
 SPEED_CONTEXT = 8192  # tokens
+RECORD = Path("runs/eval.jsonl")
+
+
+Names = list[str] | None
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="smollm2, qwen2.5-coder-0.5b, a folder, a .gguf or a hub name.")
-    ] = "smollm2",
-    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Formats or plan files; repeat the option.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="text, passkey, copy, greedy, code; repeat.")] = None,
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="A name of homkv models, folder, .gguf file or hub name.")] = "smollm2",
+    kv_cache_dtype: Annotated[Names, typer.Option(help="Formats or plan files; repeat the option.")] = None,
+    task: Annotated[Names, typer.Option(help="text, passkey, copy, greedy, code; repeat.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure on this UTF-8 file instead of the essays.")] = None,
     texts: Annotated[int, typer.Option(help="Texts whose tails are scored.")] = 5,
     prefix: Annotated[int, typer.Option(help="Tokens of each text computed exactly.")] = 1792,
     scored: Annotated[int, typer.Option(help="Tokens of each text computed on the stored KV and scored.")] = 256,
     passkeys: Annotated[int, typer.Option(help="Pass-key prompts of each length.")] = 8,
     passkey_length: Annotated[list[int] | None, typer.Option(help="Tokens of a pass-key prompt; repeat.")] = None,
     copies: Annotated[int, typer.Option(help="Lines to copy of each kind.")] = 2,
-    prefill: Annotated[str, typer.Option(help="exact, or quantized: the prompt attends to its own pages.")] = "exact",
+    greedy: Annotated[int, typer.Option(help="Texts that the exact model continues greedily.")] = 4,
+    greedy_tokens: Annotated[int, typer.Option(help="Tokens of each such continuation.")] = 128,
+    code: Annotated[int, typer.Option("--problems", help="Problems of HumanEval.")] = 8,
+    code_tokens: Annotated[int, typer.Option(help="Tokens written for each problem.")] = 96,
+    prefill: Annotated[str, typer.Option(help="exact, or quantized: prompts attend to their own pages.")] = "exact",
     run_code: Annotated[bool, typer.Option("--run-code", help="Run what models write for HumanEval, limited.")] = False,
     speed: Annotated[bool, typer.Option(help="Time an attention step of each format.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the format's first.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
-    json_file: Annotated[Path, typer.Option("--json", help="Results; a run goes on where this file ends.")] = Path(
-        "runs/eval.jsonl"
-    ),
+    record: Annotated[Path, typer.Option("--json", help="Results; a run goes on where it ends.")] = RECORD,
     report: Annotated[Path | None, typer.Option(help="Write a Markdown page here, plots beside it.")] = None,
-    only_report: Annotated[
-        bool, typer.Option("--only-report", help="Measure nothing; report what --json holds.")
-    ] = False,
-    gate: Annotated[
-        Path | None, typer.Option(help="Measure what this file asks for; exit 1 if a format fails.")
-    ] = None,
+    only_report: Annotated[bool, typer.Option("--only-report", help="Only report what --json holds.")] = False,
+    gate: Annotated[Path | None, typer.Option(help="Measure what this file asks for; exit 1 if it fails.")] = None,
 ) -> None:
     """Measure formats against the unquantized model: KL, perplexity, top-1, drift, retrieval, copying, code, bytes."""
-    from homkv.eval.run import Conditions
-
-    console = Console()
+    console, place = Console(), Place(device, impl, num_threads)
     if gate is not None:
-        _gate(gate, console, num_threads, impl)
+        _gate(gate, console, place)
         return
     if not only_report:
-        options = _options(task, (texts, prefix, scored), (passkeys, passkey_length), copies)
         names = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
-        conditions = Conditions(names, prefill, impl, run_code)
-        _measure(model, options, conditions, json_file, console, num_threads, speed)
-    _report(json_file, report, console)
+        _measure(model, names, context.params, console, place)
+    _report(record, report, console)
 
 
-def _options(
-    task: list[str] | None, text: tuple[int, int, int], passkey: tuple[int, list[int] | None], copies: int
-) -> "Options":
+def _options(given: Mapping[str, Any]) -> "Options":
     """What to measure. Prompts with something to find are about as long as the texts."""
-    from homkv.eval.items import Options
+    from homkv.eval.items import Options, read_text
 
-    (texts, prefix, scored), (passkeys, lengths) = text, passkey
-    length = prefix + min(108, scored)
+    length = given["prefix"] + min(108, given["scored"])
+    amounts = {name: given[name] for name in Options.__dataclass_fields__ if name in given and name != "text"}
     return Options(
-        tasks=tuple(task or ("text", "passkey", "copy")),
-        texts=texts,
-        prefix=prefix,
-        scored=scored,
-        passkeys=passkeys,
-        passkey_lengths=tuple(lengths or (length,)),
-        copies=copies,
+        **amounts,
+        tasks=tuple(given["task"] or ("text", "passkey", "copy")),
+        passkey_lengths=tuple(given["passkey_length"] or (length,)),
         copy_length=length,
+        text=None if given["text"] is None else read_text(given["text"]),
     )
 
 
-@contextmanager
-def _progress(console: Console) -> "Iterator[tuple[Progress, Callable[[str], None], Callable[[int], None]]]":
-    """A bar, a call per step, and a call that sets how many steps there are."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task("loading", total=None)
-        done = -1
+@dataclass(frozen=True)
+class Place:
+    """Where and how models compute."""
 
-        def step(what: str) -> None:
-            nonlocal done
-            done += 1
-            progress.update(bar, description=what, completed=done)
-
-        yield progress, step, lambda total: progress.update(bar, total=total)
+    device: str
+    impl: str | None
+    num_threads: int | None
 
 
-def _measure(
-    model: str,
-    options: "Options",
-    conditions: "Conditions",
-    path: Path,
-    console: Console,
-    num_threads: int | None,
-    speed: bool,
-) -> None:
-    """Measure everything and append it to ``path``."""
-    from homkv.eval.items import make_items
-    from homkv.eval.jsonl import append_jsonl
-    from homkv.eval.run import measure_cases
-    from homkv.models import load_model
-
-    with _progress(console) as (_, step, set_total):
-        loaded = load_model(model, num_threads=num_threads)
-        items = make_items(loaded.tokenizer, options)
-        set_total(len(items) * len(conditions.rows))
-        append_jsonl(path, _run_record(loaded))
-        measure_cases(loaded, items, conditions, path, step)
-        for record in _sizes(loaded, items[0].ids[: items[0].prefix + 1], conditions.formats, speed):
-            append_jsonl(path, record)
-
-
-def _sizes(loaded: "LoadedModel", ids: tuple[int, ...], names: Sequence[str], speed: bool) -> "Iterator[Record]":
+def _measure(model: str, names: tuple[str, ...], given: Mapping[str, Any], console: Console, place: Place) -> None:
+    """Measure everything and append it to the record."""
     import torch
 
-    from homkv.eval.exact import run_exact
-    from homkv.eval.sizes import measure_size, measure_speed
+    from homkv.eval.items import make_items
+    from homkv.eval.jsonl import append_jsonl
+    from homkv.eval.record import newest, read_records
+    from homkv.eval.run import Conditions, measure_cases
+    from homkv.eval.sizes import measure_sizes
+    from homkv.models import load_model
 
-    exact = run_exact(loaded, torch.tensor(ids), len(ids) - 1)
-    for name in names:
-        yield measure_size(loaded, exact, name)
-        if speed:
-            yield measure_speed(loaded, name, min(SPEED_CONTEXT, loaded.context_length))
+    options, path = _options(given), given["record"]
+    conditions = Conditions(names, given["prefill"], place.impl, given["run_code"])
+    with steps(console) as progress:
+        loaded = load_model(model, device=place.device, num_threads=place.num_threads, progress=progress.note)
+        items = make_items(loaded.tokenizer, options)
+        progress.start(len(items) * len(conditions.rows))
+        append_jsonl(path, _run_record(loaded))
+        measure_cases(loaded, items, conditions, path, progress.next)
+        progress.note("bytes and speed")
+        known = newest(read_records(path)).keys()
+        ids = torch.tensor(items[0].ids[: items[0].prefix + 1])
+        context = min(SPEED_CONTEXT, loaded.context_length) if given["speed"] else None
+        for record in measure_sizes(loaded, ids, names, known, impl=place.impl, speed_context=context):
+            append_jsonl(path, record)
 
 
 def _run_record(loaded: "LoadedModel") -> "Record":
@@ -153,12 +125,13 @@ def _run_record(loaded: "LoadedModel") -> "Record":
     import transformers
 
     from homkv.eval.record import Run
+    from homkv.eval.sizes import machine
 
     return Run(
         model=loaded.name,
         fingerprint=loaded.fingerprint,
         command=shlex.join(["homkv", *sys.argv[1:]]),
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+        machine=machine(loaded),
         dtype=str(loaded.model.dtype),
         device=str(loaded.model.device),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -172,17 +145,17 @@ def _report(path: Path, page: Path | None, console: Console) -> None:
 
     from homkv.eval.plots import save_plots
     from homkv.eval.record import Case, read_records
-    from homkv.eval.report import make_report, markdown, quality_table, written_table
+    from homkv.eval.report import make_report, markdown, notes, quality_table, rich_table, tables
 
     records = read_records(path)
     found = make_report(records)
     if not found.summaries:
         raise FormatError(f"expected results in {path}, found none; run homkv eval without --only-report first")
     console.print(quality_table(found))
-    if (table := written_table(found)) is not None:
-        console.print(table)
-    for a, b in found.unresolved:
-        console.print(f"not resolved: {a} and {b}", style="yellow", highlight=False)
+    for table in tables(found):
+        console.print(rich_table(*table))
+    for note in notes(found):
+        console.print(note, style="yellow", highlight=False, markup=False)
     if page is not None:
         cases = [r for r in records if isinstance(r, Case) and r.model == found.model]
         plots = save_plots(found, cases, page.parent)
@@ -191,7 +164,7 @@ def _report(path: Path, page: Path | None, console: Console) -> None:
         console.print(f"wrote {page}", highlight=False)
 
 
-def _gate(path: Path, console: Console, num_threads: int | None, impl: str | None) -> None:
+def _gate(path: Path, console: Console, place: Place) -> None:
     """Measure what the gate asks for in a file of its own, and exit with 1 if a threshold is missed."""
     import tempfile
 
@@ -206,12 +179,13 @@ def _gate(path: Path, console: Console, num_threads: int | None, impl: str | Non
     options = Options(
         gate.tasks, gate.texts, gate.prefix, gate.scored, gate.passkeys, (length,), gate.copies, copy_length=length
     )
-    conditions = Conditions(tuple(gate.formats), impl=impl, bf16=False)
-    with _progress(console) as (_, step, set_total), tempfile.TemporaryDirectory() as folder:
-        loaded = load_model(gate.model, num_threads=num_threads)
+    conditions = Conditions(tuple(gate.formats), impl=place.impl, bf16=False)
+    with steps(console) as progress, tempfile.TemporaryDirectory() as folder:
+        loaded = load_model(gate.model, device=place.device, num_threads=place.num_threads, progress=progress.note)
         items = make_items(loaded.tokenizer, options)
-        set_total(len(items) * len(conditions.rows))
-        checks = check(gate, summarize(measure_cases(loaded, items, conditions, Path(folder) / "gate.jsonl", step)))
+        progress.start(len(items) * len(conditions.rows))
+        cases = measure_cases(loaded, items, conditions, Path(folder) / "gate.jsonl", progress.next)
+        checks = check(gate, summarize(cases))
     console.print(gate_table(checks))
     if not all(c.kept for c in checks):
         raise typer.Exit(1)

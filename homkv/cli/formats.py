@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from homkv.errors import ShapeError, UnsupportedError
-from homkv.spec import DEFAULT_FORMAT, PRESETS
+from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from homkv.formats import PageCodec
@@ -36,7 +36,7 @@ def cost(codec: "PageCodec", name: str, context: int) -> FormatCost:
     stored = codec.kv_bytes(context)
     return FormatCost(
         name=name,
-        layout=PRESETS.get(name, codec.layout_id),
+        layout=ALL_PRESETS.get(name, codec.layout_id),
         bits_per_element=codec.bits_per_element(context),
         sent_bits_per_element=4 * codec.wire_bytes(context) / (codec.head_dim * context),
         is_packed=codec.coder is not None,
@@ -87,8 +87,9 @@ def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
         title=f"--kv-cache-dtype at head_dim {head_dim} and {context:,} tokens",
         caption="bits per element held, bits sent (<: an entropy coder packs it further), bytes per token of one kv "
         "head: pages, sinks and window, scales and padding. "
-        f"Default: {DEFAULT_FORMAT}. Any kABCDvEFGH works too: bits (0, 2, 4, 8) of K's quarters from the slowest to "
-        "the fastest RoPE frequency, then of V's. Options as in kivi:bits=4 are in docs/hack.md and docs/rivals.md.",
+        f"Default: {DEFAULT_FORMAT}. Any kABCDvEFGH[wN] works too: bits (0, 2, 4, 8) of K's quarters from the slowest "
+        "to the fastest RoPE frequency, then of V's; N: exact tokens at least, 64 to 256. Options as in kivi:bits=4 "
+        "are in docs/hack.md and docs/rivals.md.",
         title_justify="left",
         caption_justify="left",
     )

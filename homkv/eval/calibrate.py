@@ -2,45 +2,74 @@
 
 For every layer and candidate format the model runs with that layer in the format and all others in 8 bits; the KL to
 the exact model is the layer's sensitivity. A greedy choice then spends the budget where a byte lowers the sum of the
-sensitivities most. At last the plan and the candidates themselves are
-measured on other texts. The idea of searching layer by layer is KVTuner's (arXiv 2502.04420); its pairs of bits are
-rows formats here.
+sensitivities most. At last the plan and the candidates themselves are measured on other texts. The idea of searching
+layer by layer is KVTuner's (arXiv 2502.04420); its pairs of bits are rows formats here.
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from homkv.cache import PagedCache
 from homkv.errors import FormatError, ShapeError
+from homkv.eval.items import Item, encode
+from homkv.eval.record import CALIBRATION, Case
+from homkv.eval.run import Conditions, measure_cases
+from homkv.eval.summary import mean
 from homkv.formats import make_codec
-from homkv.hf import Attachment, KVCache
 from homkv.models import LoadedModel
-from homkv.models.forward import forward_with_cache, returned_cache
 from homkv.plan import LayerPlan
 from homkv.spec import NUM_SINKS, PAGE_TOKENS, RowsSpec
 from homkv.texts import SHA256, essays
 
 BACKGROUND = (8, 8, 8, 8)  # bits of the layers that are not being measured
-CANDIDATES = ("k2220v2222", "k4220v2222", "k4420v2222", "k8420v2222", "k4420v4222", "k8420v4222", "k8440v4444")
-Begin = Callable[[str, int], Callable[[], None]]  # (what, steps) -> called once per step
+CANDIDATES = (
+    "k2200v2222",
+    "k2220v2222",
+    "k4200v2222",
+    "k4220v2222",
+    "k4420v2222",
+    "k8420v2222",
+    "k4420v4222",
+    "k8420v4222",
+    "k8440v4444",
+)
+Step = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to search and on what. ``budget_bits``: per element at ``context`` tokens, sinks and window included."""
+    """What to search and on what. ``budget_bits``: per element at ``context`` tokens, sinks and window included.
+
+    ``head_dim``: channels at which bits are counted; None for the model's. ``window``: shortest exact window of the
+    plan; None for the candidates' own, which must be equal. Layers are measured with the candidates' own, whatever the
+    plan's: a longer window lowers the loss of all of them.
+    """
 
     budget_bits: float
     candidates: tuple[str, ...] = CANDIDATES
+    window: int | None = None
     texts: int = 4
     prefix_pages: int = 16
     scored: int = 64
     seed: int = 0
     context: int = 32_768
+    head_dim: int | None = None
+
+    @property
+    def prefix(self) -> int:
+        """Exact tokens before the scored ones."""
+        return NUM_SINKS + self.prefix_pages * PAGE_TOKENS
+
+    def names(self) -> dict[str, str]:
+        """Canonical name of every candidate, and the same with the plan's window. Raises FormatError."""
+        specs = [RowsSpec.parse(name) for name in self.candidates]
+        window = {spec.min_window for spec in specs} if self.window is None else {self.window}
+        if len(window) != 1:
+            raise FormatError(f"expected candidates with one window, found {sorted(window)}; choose it with --window")
+        (chosen,) = window
+        return {spec.name: replace(spec, min_window=chosen).name for spec in specs}
 
 
 @dataclass(frozen=True)
@@ -49,17 +78,6 @@ class Calibration:
 
     plan: LayerPlan
     verified: list[tuple[str, float, float]]
-
-
-@dataclass(frozen=True)
-class _Exact:
-    """Texts whose first ``prefix`` tokens were read exactly: KV per layer ``[B, G, prefix, D]``, ``logp [B, T, V]``."""
-
-    ids: Tensor
-    prefix: int
-    keys: list[Tensor]
-    values: list[Tensor]
-    logp: Tensor
 
 
 def choose(sensitivity: Sequence[Mapping[str, float]], bits: Mapping[str, float], budget_bits: float) -> list[str]:
@@ -89,44 +107,57 @@ def choose(sensitivity: Sequence[Mapping[str, float]], bits: Mapping[str, float]
         chosen[layer] = name
 
 
-@torch.no_grad()
-def calibrate(loaded: LoadedModel, options: CalibrationOptions, begin: Begin) -> Calibration:
+def num_cases(loaded: LoadedModel, options: CalibrationOptions) -> int:
+    """Steps that :func:`calibrate` takes."""
+    names = len(options.names())
+    return options.texts * ((1 + loaded.num_layers * names) + (1 + names + 1))
+
+
+def calibrate(
+    loaded: LoadedModel,
+    options: CalibrationOptions,
+    path: Path,
+    step: Step = lambda _: None,
+    impl: str | None = None,
+) -> Calibration:
     """Search a plan for a model. The same seed, model and machine give the same plan.
 
-    Raises FormatError for an unknown candidate or a budget that none fits, ShapeError for texts that are too short.
+    Every case is appended to ``path`` as homkv.eval.run does: a search goes on where it stopped, and another budget
+    needs no new measurements but those of its plan. Raises FormatError for an unknown candidate or a budget that none
+    fits, ShapeError for texts that are too short.
     """
-    names = tuple(RowsSpec.parse(name).name for name in options.candidates)
-    bits = {n: make_codec(n, loaded.head_dim, loaded.rope).bits_per_element(options.context) for n in names}
+    names, head_dim = options.names(), options.head_dim or loaded.head_dim
+    bits = {n: make_codec(final, head_dim).bits_per_element(options.context) for n, final in names.items()}
     choose([dict.fromkeys(names, 0.0)], bits, options.budget_bits)  # a budget that is too small is said at once
-    step = begin("exact model", 2)
-    chosen_on, verified_on = (_read(loaded, options, part, step) for part in (1, 0))
-    step = begin("sensitivity of layers", loaded.num_layers * len(names))
-    sensitivity = []
-    for layer in range(loaded.num_layers):
-        plans = {name: _one_layer(loaded, layer, name) for name in names}
-        sensitivity.append({name: _divergence(loaded, chosen_on, plan.spelling, step) for name, plan in plans.items()})
-    layers = tuple(choose(sensitivity, bits, options.budget_bits))
+    chosen_on, verified_on = (calibration_items(loaded, options, part) for part in (1, 0))
+    alone = {(layer, n): _one_layer(loaded, layer, n).spelling for layer in range(loaded.num_layers) for n in names}
+    kl = _divergences(loaded, chosen_on, tuple(alone.values()), path, step, impl)
+    sensitivity = [{n: kl[alone[layer, n]] for n in names} for layer in range(loaded.num_layers)]
+    chosen = choose(sensitivity, bits, options.budget_bits)
     provenance: dict[str, Any] = {
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": loaded.model.device.type,
         "method": "KL of one layer at a time on exact prefixes, greedy per bit",
         "budget_bits": options.budget_bits,
-        "bits_per_element": sum(bits[name] for name in layers) / len(layers),
+        "bits_per_element": mean([bits[name] for name in chosen]),
         "context": options.context,
+        "window": RowsSpec.parse(names[chosen[0]]).min_window,
+        "head_dim": head_dim,
         "seed": options.seed,
         "texts": options.texts,
-        "prefix_tokens": chosen_on.prefix,
+        "prefix_tokens": options.prefix,
         "scored_tokens": options.scored,
         "text_sha256": SHA256,
         "candidates": bits,
         "sensitivity": sensitivity,
     }
+    layers = tuple(names[name] for name in chosen)
     plan = LayerPlan(loaded.fingerprint, layers, f"{loaded.name} {options.budget_bits:g} bits", provenance=provenance)
-    step = begin("verification", len(names) + 1)
-    bits_of = bits | {plan.spelling: provenance["bits_per_element"]}
-    rows = [(n, float(b), _divergence(loaded, verified_on, n, step)) for n, b in bits_of.items()]
-    verified = [(plan.title if n == plan.spelling else n, b, kl) for n, b, kl in rows]
-    return Calibration(plan, sorted(verified, key=lambda row: row[1]))
+    kl = _divergences(loaded, verified_on, (*names.values(), plan.spelling), path, step, impl)
+    rows = [(plan.title, float(provenance["bits_per_element"]), kl[plan.spelling])]
+    rows += [(final, float(bits[name]), kl[final]) for name, final in names.items()]
+    return Calibration(plan, sorted(rows, key=lambda row: row[1]))
 
 
 def _one_layer(loaded: LoadedModel, layer: int, name: str) -> LayerPlan:
@@ -137,48 +168,29 @@ def _one_layer(loaded: LoadedModel, layer: int, name: str) -> LayerPlan:
     return LayerPlan(loaded.fingerprint, tuple(formats))
 
 
-def _read(loaded: LoadedModel, options: CalibrationOptions, part: int, step: Callable[[], None]) -> _Exact:
-    """Texts of one half of the essays, at places that the seed decides; predictions behind their prefixes."""
-    prefix = NUM_SINKS + options.prefix_pages * PAGE_TOKENS
+def calibration_items(loaded: LoadedModel, options: CalibrationOptions, part: int) -> list[Item]:
+    """Texts of one half of the essays, at places that the seed decides. Raises ShapeError if they are too short."""
     text = essays()
-    half = text[part * len(text) // 2 : (part + 1) * len(text) // 2]
-    all_ids = loaded.tokenizer.encode(half, add_special_tokens=False, verbose=False)
-    length = prefix + options.scored
-    if not 0 < length < len(all_ids) or options.texts < 1 or options.scored < 1:
-        raise ShapeError(f"expected texts of 1 to {len(all_ids) - 1} tokens, found {options.texts} of {length}")
+    ids = encode(loaded.tokenizer, text[part * len(text) // 2 : (part + 1) * len(text) // 2])
+    length = options.prefix + options.scored + 1  # the last token is only predicted
+    if not 0 < length < len(ids) or options.texts < 1 or options.scored < 1:
+        raise ShapeError(f"expected texts of 1 to {len(ids) - 1} tokens, found {options.texts} of {length}")
     rng = random.Random(options.seed)
-    starts = [rng.randrange(len(all_ids) - length) for _ in range(options.texts)]
-    ids = torch.tensor([all_ids[start : start + length] for start in starts])
-    outputs = [loaded.model(row[None], use_cache=True, logits_to_keep=options.scored) for row in ids]
-    caches = [returned_cache(output) for output in outputs]
-    keys, values = (
-        [torch.cat([getattr(c.layers[i], side)[:, :, :prefix] for c in caches]) for i in range(loaded.num_layers)]
-        for side in ("keys", "values")
-    )
-    step()
-    return _Exact(ids, prefix, keys, values, torch.cat([o.logits for o in outputs]).float().log_softmax(-1))
+    starts = [rng.randrange(len(ids) - length) for _ in range(options.texts)]
+    return [
+        Item(CALIBRATION, f"half {part + 1}, token {start}", tuple(ids[start : start + length]), options.prefix)
+        for start in starts
+    ]
 
 
-def _divergence(loaded: LoadedModel, exact: _Exact, kv_cache_dtype: str, step: Callable[[], None]) -> float:
-    """Mean KL (nats) behind the prefixes, a page's worth of tokens at a time: what decoding one by one would see."""
-    codec = make_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
-    count, total = exact.ids.shape
-    cache = PagedCache(
-        codec,
-        num_layers=loaded.num_layers,
-        num_kv_heads=loaded.num_kv_heads,
-        num_blocks=count * (codec.num_pages(total) + 1),
-        max_sequences=count,
-    )
-    sequences = [cache.new_sequence(total) for _ in range(count)]
-    for layer, (k, v) in enumerate(zip(exact.keys, exact.values, strict=True)):
-        for row, sequence in enumerate(sequences):
-            cache.append(layer, sequence, k[row], v[row])
-    past, found = KVCache.adopt(cache, sequences), []
-    with Attachment(loaded.model, codec, {}):
-        for start in range(exact.prefix, total, PAGE_TOKENS):
-            ids = exact.ids[:, start : start + PAGE_TOKENS]
-            found.append(forward_with_cache(loaded.model, ids, past).logits.float())
-    q = torch.cat(found, 1).log_softmax(-1)
-    step()
-    return float((exact.logp.exp() * (exact.logp - q)).sum(-1).mean())
+def _divergences(
+    loaded: LoadedModel, items: Sequence[Item], names: tuple[str, ...], path: Path, step: Step, impl: str | None
+) -> dict[str, float]:
+    """Mean KL (nats) of every format over all texts. Raises FormatError if one could not be measured."""
+    cases = measure_cases(loaded, items, Conditions(names, impl=impl, bf16=False), path, step)
+    by_format: dict[str, list[Case]] = {}
+    for case in cases:
+        if case.error:
+            raise FormatError(f"expected a measurement of {case.format}, found: {case.error}; leave the format out")
+        by_format.setdefault(case.format, []).append(case)
+    return {name: mean([x for case in found for x in case.kl]) for name, found in by_format.items()}

@@ -1,6 +1,6 @@
 """The unquantized model on one text: computed once, compared with every format.
 
-The prefix is prefilled in one pass, the tail behind it in another, in which queries and attention outputs of every
+The prefix is prefilled, the tail behind it computed in one pass, in which queries and attention outputs of every
 layer are kept. Or the model writes the tail itself, greedily.
 """
 
@@ -21,6 +21,7 @@ from homkv.models import LoadedModel
 from homkv.models.forward import forward_with_cache, returned_cache
 
 RECORDING = "homkv-recording"
+CHUNK = 2048  # tokens of a prefix that are computed at once: scores of all of a long one would not fit into memory
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def check_lengths(loaded: LoadedModel, prefix: int, total: int) -> None:
 
 @torch.no_grad()
 def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int, *, record: bool = False) -> ExactRun:
-    """Compute ``ids [T]`` exactly: the prefix in one pass, the rest in another. Raises as :func:`check_lengths`."""
+    """Compute ``ids [T]`` exactly: the prefix, then the rest in one pass. Raises as :func:`check_lengths`."""
     check_lengths(loaded, prefix, len(ids))
     ids = ids.to(loaded.model.device)
     cache, keys, values = _prefill(loaded, ids[:prefix])
@@ -115,6 +116,7 @@ def continue_greedily(loaded: LoadedModel, ids: Tensor, count: int) -> list[int]
 
 def _prefill(loaded: LoadedModel, ids: Tensor) -> tuple[DynamicCache, list[Tensor], list[Tensor]]:
     """The cache behind ``ids [T]`` and its keys and values, which later tokens leave alone."""
-    out = forward_with_cache(loaded.model, ids[None], DynamicCache(), logits_to_keep=1)
-    cache = returned_cache(out)
+    cache = DynamicCache()
+    for chunk in ids.split(CHUNK):
+        cache = returned_cache(forward_with_cache(loaded.model, chunk[None], cache, logits_to_keep=1))
     return cache, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]

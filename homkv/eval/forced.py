@@ -13,6 +13,7 @@ from torch import Tensor
 from homkv.attention.api import computes_quantized_prefill
 from homkv.cache import PagedCache
 from homkv.errors import FormatError
+from homkv.eval.encoding import encoded_on_host
 from homkv.eval.exact import ExactRun
 from homkv.eval.metrics import TokenScores, head_error, joined, token_scores
 from homkv.formats import PageCodec, make_codec
@@ -49,7 +50,7 @@ def passes(codec: PageCodec, start: int, stop: int) -> Iterator[tuple[int, int]]
 def open_cache(loaded: LoadedModel, codec: PageCodec, tokens: int, impl: str | None, forks: int = 0) -> KVCache:
     """An empty cache for one sequence of ``tokens`` tokens, and room to fork it ``forks`` times."""
     paged = PagedCache(
-        codec,
+        encoded_on_host(codec, impl, loaded.model.device),
         num_layers=loaded.num_layers,
         num_kv_heads=loaded.num_kv_heads,
         num_blocks=(1 + forks) * (codec.num_pages(tokens) + 1),

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from homkv.errors import ShapeError, UnsupportedError
+from homkv.errors import FormatError, ShapeError, UnsupportedError
 from homkv.eval.code import Problem, few_shot, problems
 from homkv.eval.recall import copy_prompts
 from homkv.texts import essays, passkey_prompts
@@ -31,6 +32,7 @@ class Options:
     code_tokens: int = 96
     solved: int = 4  # problems before each prompt
     seed: int = 0
+    text: str | None = None  # for texts and greedy continuations; None: the essays
 
     def __post_init__(self) -> None:
         if unknown := set(self.tasks) - set(TASKS):
@@ -56,15 +58,27 @@ class Item:
         return len(self.ids) + self.to_write
 
 
-def text_items(tokenizer: PreTrainedTokenizerBase, count: int, prefix: int, scored: int) -> list[Item]:
-    """Consecutive pieces of the essays. Raises ShapeError if these are too short."""
-    length, text = prefix + scored + 1, essays()  # the last token is only predicted
+def read_text(path: Path) -> str:
+    """A text to measure on. Raises FormatError if there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"expected a text in UTF-8 at {path}, found: {error}; without --text there are essays"
+        ) from error
+
+
+def text_items(
+    tokenizer: PreTrainedTokenizerBase, count: int, prefix: int, scored: int, text: str | None = None
+) -> list[Item]:
+    """Consecutive pieces of a text, by default the essays. Raises ShapeError if it is too short."""
+    length, text = prefix + scored + 1, essays() if text is None else text  # the last token is only predicted
     wanted = count * length
-    ids = _encode(tokenizer, text[: max(8 * wanted, 1)])
+    ids = encode(tokenizer, text[: max(8 * wanted, 1)])
     if len(ids) < wanted or min(count, prefix, scored) < 1:
         raise ShapeError(
-            f"expected at least one text, prefix and scored token and {len(ids)} tokens in all, found {count} texts of "
-            f"{prefix} + {scored}; choose fewer or shorter ones"
+            f"expected at least one text, prefix and scored token and at most {len(ids)} tokens in all, found {count} "
+            f"texts of {prefix} + {scored} + 1; choose fewer or shorter ones, or a longer --text"
         )
     return [Item("text", f"text-{i}", tuple(ids[i * length : (i + 1) * length]), prefix) for i in range(count)]
 
@@ -78,7 +92,7 @@ def make_items(tokenizer: PreTrainedTokenizerBase, options: Options) -> list[Ite
     """All items, in the order in which they are run. Raises ShapeError or UnsupportedError for impossible lengths."""
     o, items = options, []
     if "text" in o.tasks:
-        items += text_items(tokenizer, o.texts, o.prefix, o.scored)
+        items += text_items(tokenizer, o.texts, o.prefix, o.scored, o.text)
     if "passkey" in o.tasks:
         for length in o.passkey_lengths:
             for p in passkey_prompts(tokenizer, length, o.passkeys, o.seed):
@@ -87,7 +101,7 @@ def make_items(tokenizer: PreTrainedTokenizerBase, options: Options) -> list[Ite
         for i, c in enumerate(copy_prompts(tokenizer, o.copy_length, o.copies, seed=o.seed + 1)):
             items.append(answer_item("copy", f"{c.kind} {i}", c.prompt, c.answer))
     if "greedy" in o.tasks:
-        for start in text_items(tokenizer, o.greedy, o.prefix, 1):
+        for start in text_items(tokenizer, o.greedy, o.prefix, 1, o.text):
             items.append(Item("greedy", start.name, start.ids[: o.prefix + 1], o.prefix, o.greedy_tokens))
     if "code" in o.tasks:
         items += code_items(tokenizer, o)
@@ -101,12 +115,13 @@ def code_items(tokenizer: PreTrainedTokenizerBase, options: Options) -> list[Ite
         raise ShapeError(f"expected 1 to {len(everything)} problems, found {options.code}")
     items = []
     for index in range(0, len(everything), len(everything) // options.code)[: options.code]:
-        ids = _encode(tokenizer, few_shot(everything, index, options.solved))
+        ids = encode(tokenizer, few_shot(everything, index, options.solved))
         problem = everything[index]
         items.append(Item("code", problem.task_id, tuple(ids), len(ids) - 1, options.code_tokens, problem))
     return items
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, nothing added; it may exceed the context."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids

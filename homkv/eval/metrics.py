@@ -8,6 +8,8 @@ from torch import Tensor
 
 from homkv.errors import ShapeError
 
+ROWS = 64  # scored at once: in float64, every row of a large vocabulary takes megabytes
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -39,6 +41,11 @@ def token_scores(exact_logits: Tensor, logits: Tensor, targets: Tensor) -> Token
             f"expected logits [T, V] twice and targets [T], found {tuple(exact_logits.shape)}, {tuple(logits.shape)} "
             f"and {tuple(targets.shape)}; score the same tokens"
         )
+    rows = zip(*(x.split(ROWS) for x in (exact_logits, logits, targets)), strict=True)
+    return joined([_scores(p, q, target) for p, q, target in rows])
+
+
+def _scores(exact_logits: Tensor, logits: Tensor, targets: Tensor) -> TokenScores:
     best = logits.argmax(-1)
     log_q = torch.log_softmax(logits.double(), -1)
     return TokenScores(

@@ -1,12 +1,15 @@
 """Results on disk: one JSON line per case, written as soon as it is measured; a run goes on where it stopped."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
+from homkv.errors import FormatError
 from homkv.eval.jsonl import read_jsonl
 
+CALIBRATION = "calibrate"  # the task of cases that choose and verify plans: no report counts them
 EXACT, MODEL_BF16 = "exact", "model-bf16"  # rows that are no formats: the model itself, and all of it in bfloat16
 
 
@@ -20,15 +23,16 @@ class Case(msgspec.Struct, tag="case", tag_field="kind", frozen=True, omit_defau
     item: str
     prefill: str
     prefix: int
-    kl: list[float]
-    nll: list[float]
-    top1: str
-    hit: str
+    kl: list[float] = []
+    nll: list[float] = []
+    top1: str = ""
+    hit: str = ""
     head_error: list[list[float]] = []
     text: str | None = None  # what was written
     similarity: float | None = None  # to what the exact model wrote
     passed: bool | None = None
     seconds: float = 0.0
+    error: str | None = None  # why there are no scores: the format cannot hold this model's numbers
 
 
 class Size(msgspec.Struct, tag="size", tag_field="kind", frozen=True):
@@ -40,7 +44,7 @@ class Size(msgspec.Struct, tag="size", tag_field="kind", frozen=True):
     context: int
     stored: float
     sent: float
-    stored_32k: float  # 32,768 tokens of head_dim 128
+    stored_32k: float | None  # 32,768 tokens of head_dim 128; None for a format bound to another head_dim
 
 
 class Speed(msgspec.Struct, tag="speed", tag_field="kind", frozen=True):
@@ -81,10 +85,14 @@ def read_records(path: Path) -> list[Record]:
 
 
 def newest(records: Iterable[Record]) -> dict[str, Record]:
-    """Results by key; of several with one key the last."""
-    return {record.key: record for record in records if not isinstance(record, Run)}
+    """Results by key; of several with one key the last. Cases that failed are left out: they are tried again."""
+    by_key = {record.key: record for record in records if not isinstance(record, Run)}
+    return {key: record for key, record in by_key.items() if not (isinstance(record, Case) and record.error)}
 
 
 def rounded(values: Iterable[float]) -> list[float]:
-    """Five significant digits: what a result keeps of each number."""
-    return [float(f"{x:.5g}") for x in values]
+    """Five significant digits: what a result keeps of each number. Raises FormatError for NaN and infinity."""
+    kept = [float(f"{x:.5g}") for x in values]
+    if not all(map(math.isfinite, kept)):
+        raise FormatError("expected finite scores, found NaN or infinity; the format destroyed the model's numbers")
+    return kept

@@ -1,36 +1,60 @@
 """The report: quality, bytes and speed of every format in one table, as a rich table, Markdown and JSON."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
+from msgspec import to_builtins
 from rich import box
 from rich.table import Table
 
 from homkv.eval.bootstrap import Estimate
-from homkv.eval.record import Case, Record, Size, Speed
-from homkv.eval.summary import Summary, summarize, unresolved
+from homkv.eval.record import CALIBRATION, Case, Record, Size, Speed
+from homkv.eval.sizes import LONG, WIDE
+from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
+from homkv.formats import make_codec, parse_options
+from homkv.plan import BASE as PER_LAYER
+from homkv.plan import LayerPlan
+from homkv.spec import ALL_PRESETS
 
 HEADINGS = ("format", "KL [95 %]", "ppl", "top-1", "drift", "pass-key", "copy", "bits", "sent", "32k", "x 16-bit")
+
+PRESET_OF = {spelling: name for name, spelling in ALL_PRESETS.items()}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything about one model, best KL first; ``sizes speeds`` by format."""
+    """Everything about one model, best KL first; ``sizes speeds`` by format.
+
+    ``summaries``: texts of the setting ``main``, of which there are most, and everything that is no text; ``others``:
+    KL by setting and format; ``failed``: what a format could not hold.
+    """
 
     model: str
+    main: Setting | None
     summaries: tuple[Summary, ...]
+    others: Mapping[Setting, Mapping[str, Summary]]
     sizes: Mapping[str, Size]
     speeds: Mapping[str, Speed]
     unresolved: tuple[tuple[str, str], ...]
+    failed: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a file."""
         return {
             "model": self.model,
+            "setting": None if self.main is None else asdict(self.main),
             "formats": [asdict(summary) for summary in self.summaries],
+            "others": [
+                asdict(setting) | {"formats": [asdict(row) for row in rows.values()]}
+                for setting, rows in self.others.items()
+            ],
+            "sizes": {name: to_builtins(size) for name, size in self.sizes.items()},
             "unresolved": [list(pair) for pair in self.unresolved],
+            "failed": list(self.failed),
         }
 
 
@@ -39,14 +63,36 @@ def make_report(records: Sequence[Record]) -> Report:
     cases = [r for r in records if isinstance(r, Case)]
     model = cases[-1].model if cases else ""
     cases = list({c.key: c for c in cases if c.model == model}.values())
-    summaries = sorted(summarize(cases), key=lambda s: (s.kl is None, s.kl.mean if s.kl else 0.0))
+    settings = by_setting(cases)
+    main = next(iter(settings), None)
+    texts = settings.get(main, []) if main else []
+    rest = [c for c in cases if c.task not in ("text", CALIBRATION) and c.prefill == "exact"]
+    summaries = sorted(summarize([*texts, *rest]), key=lambda s: (s.kl is None, s.kl.mean if s.kl else 0.0))
+    sizes = sorted((r for r in records if isinstance(r, Size) and r.model == model), key=lambda r: _is_main(r, main))
     return Report(
         model=model,
+        main=main,
         summaries=tuple(summaries),
-        sizes={r.format: r for r in records if isinstance(r, Size) and r.model == model},
+        others={s: {x.format: x for x in summarize(settings[s])} for s in sorted(settings) if s != main},
+        sizes={r.format: r for r in sizes},
         speeds={r.format: r for r in records if isinstance(r, Speed) and r.model == model},
-        unresolved=tuple(unresolved(cases)),
+        unresolved=tuple(unresolved(texts)),
+        failed=tuple(f"{shown(c.format)} on {c.task} {c.item}: {c.error}" for c in cases if c.error),
     )
+
+
+def _is_main(size: Size, main: Setting | None) -> bool:
+    return main is not None and size.context == main.prefix
+
+
+@cache
+def shown(name: str) -> str:
+    """A format as tables name it: a preset for its spelling; a plan by bits at 32k, window and the end of its title."""
+    base, options = parse_options(name)
+    if base != PER_LAYER:
+        return PRESET_OF.get(name, name)
+    codec = make_codec(name, WIDE)
+    return f"plan {codec.bits_per_element(LONG):.2f} w{codec.min_window} {LayerPlan.from_options(options).title[-6:]}"
 
 
 def interval(found: Estimate | None, digits: int = 4) -> str:
@@ -60,8 +106,9 @@ def interval(found: Estimate | None, digits: int = 4) -> str:
 def cells(report: Report, row: Summary) -> tuple[str, ...]:
     """One line of the table, under HEADINGS."""
     size, speed = report.sizes.get(row.format), report.speeds.get(row.format)
+    wide = None if size is None else size.stored_32k
     return (
-        row.format,
+        shown(row.format),
         interval(row.kl),
         "–" if row.perplexity is None else f"{row.perplexity:.2f}",
         "–" if row.top1 is None else f"{row.top1.mean:.3f}",
@@ -70,62 +117,112 @@ def cells(report: Report, row: Summary) -> tuple[str, ...]:
         str(row.copy),
         "–" if size is None else f"{size.stored:.2f}",
         "–" if size is None else f"{size.sent:.2f}",
-        "–" if size is None else f"{size.stored_32k:.2f}",
+        "–" if wide is None else f"{wide:.2f}",
         "–" if speed is None else f"{statistics.median(speed.ratios):.2f}",
     )
 
 
-def written_table(report: Report) -> Table | None:
-    """What formats wrote by themselves: greedy continuations and code; None if nothing was."""
-    rows = [s for s in report.summaries if s.diverges is not None or s.similarity is not None]
-    if not rows:
-        return None
-    table = Table(box=box.SIMPLE_HEAD, title="written greedily", title_justify="left")
-    for heading in ("format", "tokens before it leaves the exact model", "edit similarity of code", "passes"):
-        table.add_column(heading, justify="left" if heading == "format" else "right")
+WRITTEN = ("format", "tokens before it leaves the exact model", "texts", "edit similarity of code", "passes")
+
+
+def written_rows(report: Report) -> list[tuple[str, ...]]:
+    """What formats wrote by themselves, under WRITTEN: greedy continuations and code."""
+    return [
+        (shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.similarity, 3), str(s.passed))
+        for s in report.summaries
+        if s.diverges is not None or s.similarity is not None
+    ]
+
+
+def other_rows(report: Report) -> list[tuple[str, ...]]:
+    """KL in the other settings, one column each; with the number of texts where these are not all."""
+    order = dict.fromkeys(name for rows in report.others.values() for name in rows)
+    most = {setting: max(s.num_texts for s in rows.values()) for setting, rows in report.others.items()}
+
+    def cell(name: str, setting: Setting) -> str:
+        row = report.others[setting].get(name)
+        if row is None:
+            return "–"
+        fewer = f" ({row.num_texts} of {most[setting]} texts)" if row.num_texts < most[setting] else ""
+        return interval(row.kl) + fewer
+
+    return [(shown(name), *(cell(name, setting) for setting in report.others)) for name in order]
+
+
+def drift_rows(report: Report) -> list[tuple[str, ...]]:
+    """KL by quarters of the scored tokens, where these are most."""
+    settings = ([report.main] if report.main else []) + list(report.others)
+    if not settings:
+        return []
+    longest = max(settings, key=lambda setting: setting.scored)
+    rows = report.others.get(longest) or {s.format: s for s in report.summaries}
+    return [(shown(n), *(f"{x:.4f}" for x in s.drift)) for n, s in rows.items() if s.drift]
+
+
+def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Everything but the main table: title, headings, rows."""
+    settings = tuple(map(str, report.others))
+    quarters = ("format", *(f"quarter {i}" for i in range(1, QUARTERS + 1)))
+    found = [
+        ("Written greedily", WRITTEN, written_rows(report)),
+        ("KL at other lengths (prefix + scored tokens) and prefills", ("format", *settings), other_rows(report)),
+        ("Drift: KL by quarters of the longest scored tail", quarters, drift_rows(report)),
+    ]
+    return [table for table in found if table[2]]
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader of the tables must know."""
+    most = max((s.num_texts for s in report.summaries), default=0)
+    fewer = [f"{shown(s.format)} ({s.num_texts})" for s in report.summaries if 0 < s.num_texts < most]
+    found = [f"not resolved: {shown(a)} and {shown(b)}" for a, b in report.unresolved]
+    if fewer:
+        found.append(f"on fewer than {most} texts, so not on the same tokens as the rest: {', '.join(fewer)}")
+    return found + [f"failed: {what}" for what in report.failed]
+
+
+def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table on a terminal: the first column to the left, numbers to the right."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
-        table.add_row(row.format, interval(row.diverges, 1), interval(row.similarity, 3), str(row.passed))
+        table.add_row(*row)
     return table
 
 
 def quality_table(report: Report) -> Table:
-    """The table on a terminal."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{report.model}: formats against the unquantized model",
-        caption="KL(exact || format) in nats with its bootstrap interval over texts; drift: KL in the first and the "
-        "last quarter of the scored tokens; bits per element at this context, sent on the wire, and at 32k tokens with "
-        "head_dim 128, everything counted; x 16-bit: attention step against the faster of torch's matrix products on "
-        "unpacked 16- and 32-bit KV, in turns, each format by its own best implementation here.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
-    for row in report.summaries:
-        table.add_row(*cells(report, row))
+    """The main table on a terminal."""
+    title = f"{report.model}: formats against the unquantized model ({report.main or 'no texts'} tokens)"
+    table = rich_table(title, HEADINGS, [cells(report, row) for row in report.summaries])
+    table.caption, table.caption_justify = LEGEND, "left"
     return table
+
+
+LEGEND = (
+    "KL(exact || format) in nats per token with its 95 % bootstrap interval over texts. Drift: KL in the first and the "
+    "last quarter of the scored tokens. Bits per element count everything: stored at this context, as sent, and at "
+    "32,768 tokens of head_dim 128. x 16-bit: an attention step of one layer, in turns with the faster of torch's "
+    "matrix products on unpacked bfloat16 and float32 KV, each format by its own best implementation; rivals and HACK "
+    "have no fused kernel on a CPU."
+)
 
 
 def markdown(report: Report, command: str, plots: Sequence[str]) -> str:
     """The report as a page."""
-    lines = [
-        f"# Formats on {report.model}",
-        "",
-        f"`{command}`",
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "---|" * len(HEADINGS),
-        *("| " + " | ".join(cells(report, row)) + " |" for row in report.summaries),
-        "",
-        "KL(exact || format) in nats per token with its 95 % bootstrap interval over texts. Drift: KL in the first and",
-        "the last quarter of the scored tokens. Bits per element count everything: at this context, as sent, and at",
-        "32,768 tokens of head_dim 128. `x 16-bit`: an attention step of one layer, in turns with the faster of",
-        "torch's matrix products on unpacked bfloat16 and float32 KV; rivals and HACK have no fused kernel on a CPU.",
-        "",
-    ]
-    if report.unresolved:
-        lines += ["**Not resolved** (the paired interval of the difference in KL holds zero):", ""]
-        lines += [f"* {a} and {b}" for a, b in report.unresolved] + [""]
+    lines = [f"# Formats on {report.model}", "", f"`{command}`", ""]
+    if report.main:
+        lines += [f"Texts of {report.main} tokens.", ""]
+    lines += _markdown_table(HEADINGS, [cells(report, row) for row in report.summaries])
+    lines += ["", *textwrap.wrap(LEGEND, 116), ""]
+    for title, headings, rows in tables(report):
+        lines += [f"## {title}", "", *_markdown_table(headings, rows), ""]
+    if found := notes(report):
+        lines += ["## Notes", "", "Not resolved: the paired interval of the difference in KL holds zero.", ""]
+        lines += [f"* {note}" for note in found] + [""]
     lines += [f"![{name}]({name})" for name in plots]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]

@@ -3,17 +3,19 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from homkv.attention import api
 from homkv.cache import PagedCache
-from homkv.eval.exact import ExactRun
+from homkv.eval.encoding import encoded_on_host
+from homkv.eval.exact import ExactRun, run_exact
 from homkv.eval.forced import bind
 from homkv.eval.record import Size, Speed
-from homkv.formats import make_codec
+from homkv.formats import PageCodec, make_codec
+from homkv.formats.per_layer import PerLayerCodec
 from homkv.models import LoadedModel
 from homkv.seal import pack_layer
 
@@ -21,15 +23,56 @@ LONG, WIDE = 32_768, 128  # tokens and head_dim at which formats are compared in
 ROUNDS = 9
 
 
-def measure_size(loaded: LoadedModel, exact: ExactRun, name: str) -> Size:
+def measure_sizes(
+    loaded: LoadedModel,
+    ids: Tensor,
+    names: Sequence[str],
+    known: Container[str],
+    *,
+    impl: str | None = None,
+    speed_context: int | None = None,
+) -> Iterator[Size | Speed]:
+    """Size of every format on the exact prefix ``ids[:-1]``, and speed at ``speed_context`` tokens unless None.
+
+    Keys that are ``known`` were measured before.
+    """
+    exact: ExactRun | None = None
+    for name in names:
+        if size_key(loaded, name, len(ids) - 1) not in known:
+            exact = exact or run_exact(loaded, ids, len(ids) - 1)
+            yield measure_size(loaded, exact, name, impl)
+        if speed_context is not None and speed_key(loaded, name, speed_context, impl) not in known:
+            yield measure_speed(loaded, name, speed_context, impl)
+
+
+def size_key(loaded: LoadedModel, name: str, context: int) -> str:
+    """What a size is kept under."""
+    return f"size {loaded.fingerprint} {bind(loaded, name).layout_id} {context}"
+
+
+def speed_key(loaded: LoadedModel, name: str, context: int, impl: str | None) -> str:
+    """What a speed is kept under: it belongs to the implementation and the device as well."""
+    device = loaded.model.device
+    chosen = api.resolve_impl(_computed(loaded, name), impl, device)
+    return f"speed {loaded.fingerprint} {bind(loaded, name).layout_id} {context} {chosen} {device.type}"
+
+
+def _computed(loaded: LoadedModel, name: str) -> PageCodec:
+    """The form that decode attends to: 16 bits where a format is restored on arrival."""
+    codec = bind(loaded, name)
+    return bind(loaded, "fp16") if codec.restored_on_arrival else codec
+
+
+def measure_size(loaded: LoadedModel, exact: ExactRun, name: str, impl: str | None = None) -> Size:
     """Bits per element of the exact prefix in a format, everything counted; sent: behind the wire's entropy coder."""
     codec, sent = bind(loaded, name), 0
+    encoder = encoded_on_host(codec, impl, loaded.model.device)
     for layer, (k, v) in enumerate(zip(exact.keys, exact.values, strict=True)):
-        content = pack_layer(codec.at_layer(layer, loaded.num_layers), k, v)
+        content = pack_layer(encoder.at_layer(layer, loaded.num_layers), k, v, impl=impl)
         sent += codec.sent_bytes(content.pages) + content.exact_k.nbytes + content.exact_v.nbytes
     elements = 2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * exact.prefix
     return Size(
-        key=f"size {loaded.fingerprint} {codec.layout_id} {exact.prefix}",
+        key=size_key(loaded, name, exact.prefix),
         model=loaded.name,
         format=name,
         context=exact.prefix,
@@ -39,28 +82,29 @@ def measure_size(loaded: LoadedModel, exact: ExactRun, name: str) -> Size:
     )
 
 
-def _wide_bits(name: str) -> float:
-    """Bits at 32k tokens and head_dim 128, NaN for a format bound to a model of another head_dim."""
-    if name.startswith(("per-layer", "basis")):
-        return float("nan")
+def _wide_bits(name: str) -> float | None:
+    """Bits at 32k tokens and head_dim 128; None for a format bound to a model of another head_dim."""
+    if name.startswith("basis"):
+        return None
     return make_codec(name, WIDE).bits_per_element(LONG)
 
 
 def measure_speed(loaded: LoadedModel, name: str, context: int, impl: str | None = None) -> Speed:
     """One layer's attention of one new token over ``context`` stored ones, in turns with torch on unpacked KV.
 
-    The peer is the faster of grouped matrix products in bfloat16 and in float32, its keys and values unpacked for free.
+    Of a plan, whose layers differ, the mean over its layers. The peer is the faster of grouped matrix products in
+    bfloat16 and in float32, its keys and values unpacked for free.
     """
     step, chosen = _attention_step(loaded, name, context, impl)
     peers = {f"torch matmul {str(d)[6:]}": _torch_step(loaded, context, d) for d in (torch.bfloat16, torch.float32)}
     peer = min(peers, key=lambda name: min(_seconds(peers[name]) for _ in range(3)))
-    times, ratios = [], []
+    times, ratios, layers = [], [], _num_layers(loaded, bind(loaded, name))
     for _ in range(ROUNDS):
-        mine, other = _seconds(step), _seconds(peers[peer])
+        mine, other = _seconds(step) / layers, _seconds(peers[peer])
         times.append(mine)
         ratios.append(other / mine)
     return Speed(
-        key=f"speed {loaded.fingerprint} {bind(loaded, name).layout_id} {context} {chosen}",
+        key=speed_key(loaded, name, context, impl),
         model=loaded.name,
         format=name,
         impl=chosen,
@@ -69,8 +113,16 @@ def measure_speed(loaded: LoadedModel, name: str, context: int, impl: str | None
         microseconds=1e6 * statistics.median(times),
         ratios=[round(r, 4) for r in ratios],
         peer=peer,
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+        machine=machine(loaded),
     )
+
+
+def machine(loaded: LoadedModel) -> str:
+    """What computes, for a record."""
+    device = loaded.model.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _random(loaded: LoadedModel, context: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,10 +140,11 @@ def _torch_step(loaded: LoadedModel, context: int, dtype: torch.dtype) -> Callab
 
 
 def _attention_step(loaded: LoadedModel, name: str, context: int, impl: str | None) -> tuple[Callable[[], object], str]:
-    codec = bind(loaded, "fp16" if bind(loaded, name).restored_on_arrival else name)
+    """A call that attends in every layer that differs, and who computes it."""
+    codec = _computed(loaded, name)
     cache = PagedCache(
-        codec,
-        num_layers=1,
+        encoded_on_host(codec, impl, loaded.model.device),
+        num_layers=_num_layers(loaded, codec),
         num_kv_heads=loaded.num_kv_heads,
         num_blocks=codec.num_pages(context) + 1,
         max_sequences=1,
@@ -100,9 +153,20 @@ def _attention_step(loaded: LoadedModel, name: str, context: int, impl: str | No
     )
     sequence = cache.new_sequence(context)
     q, k, v = _random(loaded, context)
-    cache.append(0, sequence, k, v)
-    view, scale = cache.view(0, [sequence]), loaded.head_dim**-0.5
-    return lambda: api.attend(q[None], view, codec, scale, impl=cache.impl), cache.impl
+    for layer in range(cache.num_layers):
+        cache.append(layer, sequence, k, v)
+    views, scale = [cache.view(layer, [sequence]) for layer in range(cache.num_layers)], loaded.head_dim**-0.5
+
+    def step() -> None:
+        for view, layer_codec in zip(views, cache.codecs, strict=True):
+            api.attend(q[None], view, layer_codec, scale, impl=cache.impl)
+
+    return step, cache.impl
+
+
+def _num_layers(loaded: LoadedModel, codec: PageCodec) -> int:
+    """Layers that a step has to compute to stand for all: one, unless a plan makes them differ."""
+    return loaded.num_layers if isinstance(codec, PerLayerCodec) else 1
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -12,6 +12,28 @@ from homkv.eval.record import Case
 QUARTERS = 4
 
 
+@dataclass(frozen=True, order=True)
+class Setting:
+    """How texts were measured: tokens of the prefix and behind it, and what the prefix itself attended to."""
+
+    prefix: int
+    scored: int
+    prefill: str
+
+    def __str__(self) -> str:
+        prefill = "" if self.prefill == "exact" else f", {self.prefill} prefill"
+        return f"{self.prefix:,} + {self.scored:,}{prefill}"
+
+
+def by_setting(cases: Sequence[Case]) -> dict[Setting, list[Case]]:
+    """Text cases by how they were measured, the setting with the most of them first."""
+    found: dict[Setting, list[Case]] = {}
+    for case in cases:
+        if case.task == "text" and not case.error:
+            found.setdefault(Setting(case.prefix, len(case.kl), case.prefill), []).append(case)
+    return dict(sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])))
+
+
 @dataclass(frozen=True)
 class Found:
     """``found`` of ``total`` prompts were answered to the letter; ``tokens``: share of the answers' tokens."""
@@ -30,11 +52,12 @@ class Summary:
 
     ``kl``: nats per token over texts; ``drift``: KL in the quarters of the scored tokens, first to last;
     ``head_error``: mean relative error of attention ``[L][H]``; ``diverges``: greedy tokens before the first that
-    differs from the exact model's; ``similarity``: edit similarity of completed code; ``passed``: tests passed, of
-    those that were run.
+    differs from the exact model's, over ``num_greedy`` texts; ``similarity``: edit similarity of completed code;
+    ``passed``: tests passed, of those that were run.
     """
 
     format: str
+    num_texts: int
     num_tokens: int
     kl: Estimate | None
     perplexity: float | None
@@ -43,6 +66,7 @@ class Summary:
     passkey: Found
     copy: Found
     diverges: Estimate | None
+    num_greedy: int
     similarity: Estimate | None
     passed: Found
     head_error: list[list[float]]
@@ -59,7 +83,8 @@ def ones(flags: str) -> list[int]:
 
 
 def summarize(cases: Sequence[Case]) -> list[Summary]:
-    """One summary per format, in the order of appearance."""
+    """One summary per format, in the order of appearance. Cases that failed are left out."""
+    cases = [c for c in cases if not c.error]
     return [_summary(name, [c for c in cases if c.format == name]) for name in dict.fromkeys(c.format for c in cases)]
 
 
@@ -71,6 +96,7 @@ def _summary(name: str, cases: Sequence[Case]) -> Summary:
     ran = [c for c in code if c.passed is not None]
     return Summary(
         format=name,
+        num_texts=len(texts),
         num_tokens=sum(len(c.kl) for c in texts),
         kl=estimate([mean(c.kl) for c in texts], weights) if texts else None,
         perplexity=math.exp(mean([x for c in texts for x in c.nll])) if texts else None,
@@ -79,6 +105,7 @@ def _summary(name: str, cases: Sequence[Case]) -> Summary:
         passkey=_found([c for c in cases if c.task == "passkey"]),
         copy=_found([c for c in cases if c.task == "copy"]),
         diverges=estimate([float(first_miss(ones(c.hit))) for c in greedy]) if greedy else None,
+        num_greedy=len(greedy),
         similarity=estimate([c.similarity or 0.0 for c in code]) if code else None,
         passed=Found(sum(bool(c.passed) for c in ran), len(ran), mean([bool(c.passed) for c in ran]) if ran else 0.0),
         head_error=_head_error(texts),

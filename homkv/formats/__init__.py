@@ -20,7 +20,7 @@ from homkv.formats.turbo import TurboCodec, TurboOptions
 from homkv.plan import BASE as PER_LAYER
 from homkv.plan import LayerPlan
 from homkv.rope import RopeSpec
-from homkv.spec import PRESETS, RowsSpec
+from homkv.spec import ALL_PRESETS, RowsSpec
 
 __all__ = ["EIGHT_BIT", "UNROUNDED", "PageCodec", "Rounding", "format_names", "make_codec"]
 
@@ -74,7 +74,7 @@ def order_of(rope: Channels) -> Sequence[int] | None:
 
 def format_names() -> tuple[str, ...]:
     """Names that `homkv formats` lists; any ``kABCDvEFGH`` and any ``name:key=value,...`` works as well."""
-    return (*PRESETS, *LISTED, "fp8", *EXACT_DTYPES)
+    return (*ALL_PRESETS, *LISTED, "fp8", *EXACT_DTYPES)
 
 
 def parse_options(name: str) -> tuple[str, dict[str, str]]:
@@ -107,7 +107,7 @@ def make_codec(name: str, head_dim: int, rope: Channels = None) -> PageCodec:
         return ExactCodec(head_dim, base)
     if base == "fp8":
         return Fp8Codec(head_dim)
-    if base not in PRESETS and not base.startswith("k"):
+    if base not in ALL_PRESETS and not base.startswith("k"):
         known = ", ".join(format_names())
         raise FormatError(f"expected one of {known} or kABCDvEFGH, found {name!r}; see `homkv formats`")
     return RowsCodec(head_dim, RowsSpec.parse(base), order_of(rope))

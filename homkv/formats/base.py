@@ -121,7 +121,7 @@ class PageCodec(ABC):
         """Bytes of ``pages [N, G, P]`` on the wire, frames not counted: what ``coder`` makes of them, if any."""
         if self.coder is None or not len(pages):
             return pages.numel()
-        return len(self.coder.encode(pages.contiguous().numpy().data, pages.shape[0]))
+        return len(self.coder.encode(pages.cpu().contiguous().numpy().data, pages.shape[0]))
 
     def bits_per_element(self, num_tokens: int, exact_bytes: int = 2) -> float:
         """``8 * kv_bytes / (2 * D * num_tokens)``."""

@@ -17,17 +17,24 @@ from homkv.spec import RowsSpec
 class PerLayerCodec(PageCodec):
     """What the layers of a plan have in common: sinks, window, tokens of a page. Pages are :meth:`at_layer`'s.
 
-    ``order [D]``: slot -> channel, as in RowsCodec. ``page_bytes`` is the largest layer's.
+    ``order [D]``: slot -> channel, as in RowsCodec; ``rows``: makes the codecs of the layers. ``page_bytes`` is the
+    largest layer's.
     """
 
     page_tokens = RowsCodec.page_tokens
     num_sinks = RowsCodec.num_sinks
     impls = RowsCodec.impls
 
-    def __init__(self, head_dim: int, plan: LayerPlan, order: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        plan: LayerPlan,
+        order: Sequence[int] | None = None,
+        rows: Callable[[int, RowsSpec, Sequence[int] | None], RowsCodec] = RowsCodec,
+    ) -> None:
         super().__init__(head_dim)
-        self.plan, self.name = plan, plan.title
-        codecs = {name: RowsCodec(head_dim, RowsSpec.parse(name), order) for name in dict.fromkeys(plan.layers)}
+        self.plan, self.name, self.order = plan, plan.title, order
+        codecs = {name: rows(head_dim, RowsSpec.parse(name), order) for name in dict.fromkeys(plan.layers)}
         self.min_window = codecs[plan.layers[0]].min_window
         self._layers = [codecs[name] for name in plan.layers]
         self.page_bytes = max(codec.page_bytes for codec in codecs.values())

@@ -1,9 +1,8 @@
 """Load a model and measure what homkv needs of it: from the hub, a folder, a GGUF file or a pip package."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +15,8 @@ from homkv.errors import DTypeError, HomkvError, UnsupportedError
 from homkv.models.bundles import BUNDLES, Bundle
 from homkv.models.cache import Progress, cache_root, dequantized, file_sha256
 from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported
+from homkv.models.devices import find_device
+from homkv.models.fetch import bundle_files
 from homkv.rope import RopeSpec
 
 __all__ = [
@@ -60,34 +61,44 @@ def _silent(_: str) -> None:
 
 
 def load_model(
-    name_or_path: str, *, dtype: str = "float32", num_threads: int | None = None, progress: Progress = _silent
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    num_threads: int | None = None,
+    progress: Progress = _silent,
 ) -> LoadedModel:
-    """Load a model with its tokenizer on the CPU.
+    """Load a model with its tokenizer.
 
     Args:
-        name_or_path: ``smollm2`` or ``qwen2.5-coder-0.5b`` (pip packages), a folder, a ``.gguf`` file, or a hub name.
+        name_or_path: a name of ``homkv models`` (pip packages), a folder, a ``.gguf`` file, or a hub name. A file with
+            the bytes of a known model goes by that model's name.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
         num_threads: given to torch if not None.
         progress: called with a line of text at each step, for example ``rich.status.Status.update``.
 
     Raises:
-        UnsupportedError: the model is not found (the message has the command that gets it), or its attention is not
-            one that homkv computes.
+        UnsupportedError: the model is not found (the message has the command that gets it), its attention is not one
+            that homkv computes, or there is no such device.
         DTypeError: an unknown dtype.
         FormatError: a package's GGUF file is not the expected one.
     """
     if dtype not in DTYPES:
         raise DTypeError(f"expected a dtype out of {', '.join(DTYPES)}, found {dtype!r}; float32 is the reference")
+    place = find_device(device)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with _no_progress_bars():
-        source = find_model(name_or_path, progress)
-        progress(f"loading {name_or_path}")
+        name, source = _find(name_or_path, progress)
+        progress(f"loading {name}")
         with _explained(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    progress(f"measuring {name_or_path}")
-    return describe_model(model, cast(PreTrainedTokenizerBase, tokenizer), name_or_path)
+    progress(f"measuring {name}")
+    loaded = describe_model(model, cast(PreTrainedTokenizerBase, tokenizer), name)
+    loaded.model.to(place)  # behind describe_model: the numbers that pages depend on are the CPU's everywhere
+    return loaded
 
 
 def load_tokenizer(name_or_path: str, *, progress: Progress = _silent) -> PreTrainedTokenizerBase:
@@ -132,14 +143,20 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
 
 def find_model(name_or_path: str, progress: Progress = _silent) -> str:
     """Turn a name into what from_pretrained reads; GGUF files go through the cache of dequantized models."""
-    build: Callable[[], Path] | None = None
+    return _find(name_or_path, progress)[1]
+
+
+def _find(name_or_path: str, progress: Progress) -> tuple[str, str]:
+    """The model's name, and what from_pretrained reads."""
     path = Path(name_or_path)
     if bundle := BUNDLES.get(name_or_path):
-        build = partial(dequantized, bundle.name, bundle.sha256, bundle.files, progress)
-    elif path.suffix == ".gguf" and path.is_file():
+        return bundle.name, str(dequantized(bundle.name, bundle.sha256, lambda: bundle_files(bundle), progress))
+    if path.suffix == ".gguf" and path.is_file():
         progress(f"reading {path.name}")
-        build = partial(dequantized, path.stem, file_sha256(path), lambda: [path], progress)
-    return str(build()) if build else name_or_path
+        sha256 = file_sha256(path)
+        name = next((b.name for b in BUNDLES.values() if b.sha256 == sha256), None)
+        return name or name_or_path, str(dequantized(name or path.stem, sha256, lambda: [path], progress))
+    return name_or_path, name_or_path
 
 
 @contextmanager
@@ -151,8 +168,8 @@ def _explained(name_or_path: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise UnsupportedError(
-            f"expected one of {', '.join(BUNDLES)}, a folder, a .gguf file or a hub name that can be reached, found "
-            f"{name_or_path!r}, which transformers cannot load: {str(error).splitlines()[0]}"
+            f"expected one of {', '.join(BUNDLES)} (`homkv models fetch NAME`), a folder, a .gguf file or a hub name "
+            f"that can be reached, found {name_or_path!r}, which transformers cannot load: {str(error).splitlines()[0]}"
         ) from error
 
 

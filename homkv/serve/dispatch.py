@@ -4,19 +4,19 @@ One thread owns all connections and all requests; ``submit`` and ``cancel`` only
 that thread and must not block.
 """
 
-import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Self
 
 import msgspec
 import zmq
 
-from homkv.errors import CapacityError, HomkvError, TransferError
+from homkv.errors import HomkvError, TransferError
 from homkv.serve.fleet import Address, Fleet, Member
-from homkv.serve.lifecycle import Record, RecordBook, State
+from homkv.serve.ledger import Ledger
+from homkv.serve.lifecycle import Record, State
 from homkv.serve.links import SERVING
 from homkv.serve.logs import get_logger
 from homkv.serve.messages import (
@@ -31,7 +31,7 @@ from homkv.serve.messages import (
     Ticket,
     Token,
 )
-from homkv.serve.query import DispatchOptions, Ended, Query, Request, Sink
+from homkv.serve.query import DispatchOptions, Query, Request, Sink
 from homkv.transport.endpoint import LinkError, LinkOptions, Receipt, Wake
 from homkv.transport.keys import Security
 
@@ -53,17 +53,13 @@ class Dispatcher:
         on_end: Callable[[Record, HomkvError | None], None] = lambda record, error: None,
     ) -> None:
         self.limits = limits or DispatchOptions()
-        self.records = RecordBook(self.limits.max_records)
+        self._ledger = Ledger(self.limits, on_end, lambda member, sequence: self._say(member, Cancel(sequence)))
+        self.records = self._ledger.records
         self._fleet = Fleet(prefills, decodes, security, options)
-        self._on_end = on_end
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = Wake()
         self._fleet.poller.register(self._wake.reader, zmq.POLLIN)
-        self._queue: deque[Request] = deque()  # accepted, not given to instances
-        self._running: dict[str, Request] = {}  # by sequence
-        self._by_id: dict[str, Request] = {}
-        self._num_accepted = 0  # and not ended; guarded by the lock
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # between close() and whoever rings
         self._renew_at_s, self._blocked_since_s = 0.0, float("inf")
         self._stop = self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
@@ -84,31 +80,22 @@ class Dispatcher:
     @property
     def num_queued(self) -> int:
         """Requests that no instance knows of yet."""
-        return len(self._queue)
+        return len(self._ledger.queue)
 
     @property
     def num_accepted(self) -> int:
         """Requests that have not ended."""
-        return self._num_accepted
+        return self._ledger.num_accepted
 
     def submit(self, query: Query, sink: Sink, request_id: str | None = None) -> str:
         """Accept a request; returns its id. Raises CapacityError (too many) or TransferError (id in use, closed)."""
-        request_id = request_id or secrets.token_hex(12)
-        record = Record(request_id, len(query.prompt_ids))
-        request = Request(query, sink, record, record.submitted_s + self.limits.request_timeout_s)
         with self._lock:
             if self._stop:
                 raise TransferError("expected a running dispatcher, found it closed; make a new one")
-            if (known := self.records.get(request_id)) is not None and not known.has_ended:
-                raise TransferError(f"expected a new request id, found {request_id!r} in use; choose another")
-            if self._num_accepted >= self.limits.max_requests:
-                why = f"expected fewer than {self.limits.max_requests} requests at a time, found more; try again later"
-                raise CapacityError(why)
-            self.records.add(record)
-            self._num_accepted += 1
-            self._commands.append(lambda: self._accept(request))
+            request = self._ledger.open(query, sink, request_id)
+            self._commands.append(lambda: self._ledger.accept(request))
             self._wake.ring()
-        return request_id
+        return request.record.request_id
 
     def cancel(self, request_id: str, why: str = "cancelled by its client") -> None:
         """End a request; everything it holds is freed. Nothing happens if it has ended."""
@@ -155,8 +142,8 @@ class Dispatcher:
             with self._lock:
                 self._stop = True  # nothing is accepted from here on
             self._take_commands()
-            for request in list(self._by_id.values()):
-                self._end(request, state, error)
+            for request in self._ledger.all():
+                self._ledger.end(request, state, error)
             self._fleet.close()
 
     def _turn(self) -> None:
@@ -168,9 +155,9 @@ class Dispatcher:
             self._visit(member, now_s)
         self._start_queued(now_s)
         self._renew(now_s)
-        for request in [r for r in self._by_id.values() if now_s > r.deadline_s]:
+        for request in [r for r in self._ledger.all() if now_s > r.deadline_s]:
             why = f"expected an answer within {self.limits.request_timeout_s} s, found none; is an instance overloaded?"
-            self._end(request, State.FAILED, LinkError("timeout", why))
+            self._ledger.end(request, State.FAILED, LinkError("timeout", why))
 
     def _take_commands(self) -> None:
         while self._commands:
@@ -194,8 +181,8 @@ class Dispatcher:
             if message.reason:
                 raise TransferError(f"expected our messages to be accepted, found: {message.detail}")
         else:
-            request = self._running.get(getattr(message, "request_id", ""))
-            if request is not None and member in (request.prefill, request.decode):  # else of an attempt that is over
+            request = self._ledger.attempt(getattr(message, "request_id", ""), member)
+            if request is not None:  # else of an attempt that is over
                 self._advance(request, member, message)
 
     def _advance(self, request: Request, member: Member, message: msgspec.Struct) -> None:
@@ -215,26 +202,18 @@ class Dispatcher:
 
     # -- beginning ---------------------------------------------------------------------------------------------
 
-    def _accept(self, request: Request) -> None:
-        self._by_id[request.record.request_id] = request
-        self._queue.append(request)
-
     def _start_queued(self, now_s: float) -> None:
         """Ask decode instances for room for what waits, oldest first."""
-        while self._queue:
-            waiting = Counter(r.decode for r in self._running.values() if r.record.state == State.RESERVING)
-            limit, wanted = self.limits.reservations_per_instance, self._queue[0].query.kv_cache_dtype
-            decode, sources = self._fleet.choose_decode(wanted, waiting, limit), self._fleet.sources
+        queue = self._ledger.queue
+        while queue:
+            waiting, limit = self._ledger.num_reserving(), self.limits.reservations_per_instance
+            decode = self._fleet.choose_decode(queue[0].query.kv_cache_dtype, waiting, limit)
+            sources = self._fleet.sources
             if decode is None or not sources:
                 self._fail_if_stuck(now_s)
                 return
             self._blocked_since_s = float("inf")
-            request = self._queue.popleft()
-            ask = request.begin_attempt(decode, sources[0])
-            self._running[request.sequence] = request
-            decode.load[request.sequence] = len(ask.prompt_ids) + ask.max_new_tokens
-            request.record.move(State.RESERVING, instance=decode.name, attempt=request.record.num_attempts)
-            request.record.end_phase("queue")
+            request, ask = self._ledger.begin_attempt(decode, sources[0])
             self._say(decode, ask, request)
 
     def _fail_if_stuck(self, now_s: float) -> None:
@@ -248,8 +227,8 @@ class Dispatcher:
                 f"expected a {missing[0]} instance within {self.limits.no_instance_timeout_s} s, found none connected "
                 f"({'; '.join(sorted(errors))}); start it or look at its log",
             )
-            for request in list(self._queue):
-                self._end(request, State.FAILED, error)
+            for request in list(self._ledger.queue):
+                self._ledger.end(request, State.FAILED, error)
 
     def _order(self, request: Request, ticket: Ticket) -> None:
         """There is room: let the least loaded prefill instance compute the prompt."""
@@ -275,7 +254,7 @@ class Dispatcher:
             self._lose(member, error)
         except HomkvError as error:
             if request is not None:
-                self._end(request, State.FAILED, error)
+                self._ledger.end(request, State.FAILED, error)
 
     # -- going on ----------------------------------------------------------------------------------------------
 
@@ -316,7 +295,7 @@ class Dispatcher:
         """Tell decode instances what is still wanted, well before any lease ends."""
         if now_s < self._renew_at_s:
             return
-        held = [r for r in self._running.values() if r.ticket is not None and r.record.state == State.PREFILLING]
+        held = [r for r in self._ledger.running(State.PREFILLING) if r.ticket is not None]
         self._renew_at_s = now_s + min([r.ticket.lease_s for r in held if r.ticket], default=3.0) / 3
         for member in self._fleet.decodes:
             names = [r.sequence for r in held if r.decode is member]
@@ -328,23 +307,23 @@ class Dispatcher:
     def _end_if_complete(self, request: Request) -> None:
         """Done when the answer is whole and, unless its instance vanished, the prefill has reported."""
         if request.done is not None and (request.prefill is None or request.prefill_done is not None):
-            self._end(request, State.DONE, None, request.done.reason)
+            self._ledger.end(request, State.DONE, None, request.done.reason)
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:
-        if (request := self._by_id.get(request_id)) is not None and request.record.state == State.DECODING:
-            self._end(request, State.DONE, None, reason)
+        if (request := self._ledger.get(request_id)) is not None and request.record.state == State.DECODING:
+            self._ledger.end(request, State.DONE, None, reason)
 
     def _cancel(self, request_id: str, why: str) -> None:
-        request = self._by_id.get(request_id)
+        request = self._ledger.get(request_id)
         if request is not None:
             error = TransferError(f"expected {request_id!r} to finish, found it {why}; ask again")
-            self._end(request, State.CANCELLED, error)
+            self._ledger.end(request, State.CANCELLED, error)
 
     def _lose(self, member: Member, error: TransferError) -> None:
         """A connection broke: what depends on it fails or is tried again, everything else goes on."""
         log.warning("lost instance", instance=member.name, error=str(error))
         self._fleet.lose(member, error)
-        for request in list(self._running.values()):
+        for request in self._ledger.running():
             if request.decode is member:
                 self._attempt_failed(request, error, member)
             elif request.prefill is member and request.record.state == State.DECODING:
@@ -360,41 +339,7 @@ class Dispatcher:
         record.note("attempt_failed", instance=member.name if member else None, error=str(error))
         may_help = isinstance(error, TransferError) and record.num_attempts < MAX_ATTEMPTS and request.reason is None
         if self.limits.policy == "fail" or not may_help:
-            self._end(request, State.FAILED, error)
+            self._ledger.end(request, State.FAILED, error)
             return
         log.warning("recomputes", request_id=record.request_id, attempt=record.num_attempts, error=str(error))
-        self._leave(request)
-        record.move(State.QUEUED)
-        self._queue.appendleft(request)
-
-    def _leave(self, request: Request) -> None:
-        """Both instances forget this attempt."""
-        sequence, members = request.sequence, (request.prefill, request.decode)
-        self._running.pop(sequence, None)
-        request.prefill = request.decode = None
-        for member in members:
-            if member is not None and member.load.pop(sequence, None) is not None and member.peer is not None:
-                self._say(member, Cancel(sequence))
-
-    def _end(
-        self, request: Request, state: State, error: HomkvError | None, reason: FinishReason | None = None
-    ) -> None:
-        """The one place where a request ends: freed on both sides, recorded, and its owner told."""
-        record = request.record
-        if record.has_ended:
-            return
-        if state == State.FAILED and request.reason is not None:  # every token was told: what failed came behind them
-            state, error, reason = State.DONE, None, request.reason
-        if request.done is not None and request.decode is not None:
-            request.decode.load.pop(request.sequence, None)  # it has freed everything by itself
-        record.error = None if error is None else f"{type(error).__name__}: {error}"
-        record.move(state, reason=reason, error=record.error)
-        record.end_phase("decode")
-        if request in self._queue:
-            self._queue.remove(request)
-        self._leave(request)
-        self._by_id.pop(record.request_id, None)
-        with self._lock:
-            self._num_accepted -= 1
-        self._on_end(record, error)
-        request.sink(Ended(record, error, reason, request.prefill_done, request.done))
+        self._ledger.requeue(request)

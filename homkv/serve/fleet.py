@@ -91,11 +91,15 @@ class Member:
             self._incarnation, self._round_trip_s = status.incarnation, float("inf")
         self.status = status
         asked_s = self._asked.pop(status.number, None)
-        if asked_s is None or now_s - asked_s > self._round_trip_s:
-            return
-        self._round_trip_s = now_s - asked_s
-        offset_s = (asked_s + now_s) / 2 - status.now_s
-        self.clock_offset_s = 0.0 if abs(offset_s) <= self._round_trip_s else offset_s  # one host: one clock
+        if asked_s is not None:
+            self._learn_clock((asked_s + now_s) / 2 - status.now_s, now_s - asked_s)
+
+    def _learn_clock(self, offset_s: float, round_trip_s: float) -> None:
+        """The quickest answer is the best, unless what it said cannot be so any more: then its clock has jumped."""
+        has_jumped = abs(offset_s - self.clock_offset_s) > round_trip_s + self._round_trip_s
+        if round_trip_s <= self._round_trip_s or has_jumped:
+            self._round_trip_s = round_trip_s
+            self.clock_offset_s = 0.0 if abs(offset_s) <= round_trip_s else offset_s  # one host: one clock
 
 
 class Fleet:

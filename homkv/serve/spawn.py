@@ -19,7 +19,8 @@ from homkv.transport.keys import KeyPair, Security
 
 Report = Callable[[str, str], None]  # (instance, line of text)
 LOG_LINES = 20  # of an instance's log, quoted in errors
-STOP_TIMEOUT_S = 10.0  # a child that has not stopped by then is killed
+STOP_TIMEOUT_S = 30.0  # a child that has not stopped by then is killed; it takes none but on a busy machine
+COMMAND = "homkv.cli"  # the module that children run
 # Every transfer has threads of its own. With an arena for each, glibc keeps what they freed, and memory creeps up.
 FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
 DEATH_TIMEOUT_S = 1.0  # between a connection's end and the end of the process behind it
@@ -59,6 +60,8 @@ class InstanceOptions:
     # more settings of the roles, by the names of ServeSettings
     prefill: dict[str, object] = field(default_factory=dict)
     decode: dict[str, object] = field(default_factory=dict)
+    # by role: arguments of the interpreter in place of -m COMMAND, for tests
+    entry: dict[Role, list[str]] = field(default_factory=dict)
 
     def flags(self, role: Role) -> dict[str, object]:
         """Settings of an instance, by name."""
@@ -158,7 +161,7 @@ class LocalCluster:
     def _start(self, name: str, **more: object) -> None:
         role: Role = "decode" if name in self._names["decode"] else "prefill"
         files = {"keys": self.folder / f"{name}.key", "trust": self.folder / f"{name}.trust"}
-        command = [sys.executable, "-m", "homkv.cli", "serve", role, "--until-eof"]
+        command = [sys.executable, *self._options.entry.get(role, ["-m", COMMAND]), "serve", role, "--until-eof"]
         for setting, value in (self._options.flags(role) | files | more).items():
             if value is not None:
                 flag = setting.replace("_", "-")

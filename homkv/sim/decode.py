@@ -21,13 +21,20 @@ from homkv.sim.job import Job
 
 
 class DecodeInstance:
-    """Sequences that decode together. ``finished`` is called at a sequence's last token."""
+    """Sequences that decode together. ``finished`` is called at a sequence's last token.
 
-    def __init__(self, env: simpy.Environment, costs: Costs, max_batch: float, finished: Callable[[Job], None]) -> None:
+    ``changed`` hears when the first sequence joins and when the last one has left.
+    """
+
+    def __init__(
+        self, env: simpy.Environment, costs: Costs, max_batch: float, finished: Callable[[Job], None],
+        changed: Callable[[bool], None] = lambda is_busy: None,
+    ) -> None:  # fmt: skip
         self.env = env
         self.costs = costs
         self.max_batch = max_batch
         self.finished = finished
+        self.changed = changed
         self.decoded_tokens = 0
         self.busy_s = 0.0
         self._running: list[tuple[int, int, Job]] = []  # heap by the step at which each ends
@@ -40,6 +47,8 @@ class DecodeInstance:
         self._per_token = costs.per_token_s
         self._per_step = 0.0  # g(B)
         self._dequantized = 0.0  # integral of the dequantizing share
+        self._slower = 1.0  # times longer that steps take now
+        self._slower_next = 1.0  # and from the next boundary on
         self._alarm = Alarm(env, self._boundary)
 
     def admit(self, job: Job) -> None:
@@ -53,16 +62,27 @@ class DecodeInstance:
             if steps < self._planned:
                 self._plan(steps)
 
+    def slow(self, times: float) -> None:
+        """Let every step from the next boundary on take so many times longer."""
+        if times == self._slower_next:
+            return
+        self._slower_next = times
+        if self._running:
+            steps = self._steps_by(self.env.now - self._since)
+            if steps < self._planned:
+                self._plan(steps)
+
     def duration(self, steps: int) -> float:
         """Seconds of the next ``steps`` steps with the batch as it is."""
         batch = len(self._running)
         tokens = steps * self._context + batch * steps * (steps - 1) / 2
-        return steps * self._per_step + self._per_token * tokens
+        return self._slower * (steps * self._per_step + self._per_token * tokens)
 
     def _steps_by(self, elapsed: float) -> int:
         """Fewest steps, at least one, that take ``elapsed`` or more: the quadratic above, solved and rounded up."""
         a = self._per_token * len(self._running) / 2
         b = self._per_step + self._per_token * self._context - a
+        elapsed /= self._slower
         root = 2 * elapsed / (b + math.sqrt(b * b + 4 * a * elapsed)) if elapsed > 0 else 0.0
         return max(1, math.ceil(root - 1e-9))
 
@@ -83,7 +103,8 @@ class DecodeInstance:
 
     def _change(self) -> None:
         """Let sequences leave and join, then plan up to the next change."""
-        running, ended = self._running, []
+        running, ended, was_busy = self._running, [], bool(self._running)
+        self._slower = self._slower_next
         while running and running[0][0] <= self._step:
             job = heapq.heappop(running)[2]
             self._context -= job.context + job.request.output_tokens - 1
@@ -94,6 +115,8 @@ class DecodeInstance:
         if running:
             self._per_step = self.costs.step_s(len(running))
             self._plan(running[0][0] - self._step)
+        if bool(running) != was_busy:
+            self.changed(not was_busy)
         for job in ended:
             self.finished(job)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import simpy
 
-from homkv.errors import TraceError
+from homkv.errors import TraceError, UnsupportedError
 from homkv.sim.alarm import call_in
 from homkv.sim.costs import Costs
 from homkv.sim.decode import DecodeInstance
@@ -19,6 +19,7 @@ from homkv.sim.job import Job, Tally
 from homkv.sim.link import Network, overlapped_start
 from homkv.sim.prefix import PrefixCache
 from homkv.sim.room import Room
+from homkv.sim.sharing import SharedWork, sent_early
 from homkv.sim.trace import PREFIX_BLOCK_TOKENS, Request
 
 BYTES_PER_GBIT = 1e9 / 8
@@ -33,7 +34,9 @@ class System:
     ``background_pack``: packing takes no time of prefill's machine. ``reserves_early``: prefill does not start before
     there is room at decode. ``when_full``: ``wait``: KV stays at the prefill host until there is room; ``swap``: it
     crosses at once, waits in the decode host's memory and is loaded at ``swap_gbps``. ``capacity_bytes``: of KV per
-    decode instance, ``prefix_bytes``: of a prefix cache; None: unlimited, and no cache.
+    decode instance, ``prefix_bytes``: of a prefix cache; None: unlimited, and no cache. ``prefill_beside
+    decode_beside``: above 1 where all instances share one machine, how many times longer a prompt takes while something
+    decodes, and a decode step while a prompt is computed.
     """
 
     costs: Costs
@@ -50,6 +53,13 @@ class System:
     capacity_bytes: int | None = None
     max_batch: int | None = None
     prefix_bytes: int | None = None
+    prefill_beside: float = 1.0
+    decode_beside: float = 1.0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether prefill and decode slow one another down."""
+        return self.prefill_beside != 1 or self.decode_beside != 1
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,11 @@ def simulate(system: System, requests: Iterable[Request], on_done: Callable[[int
     """Run the requests, which must come in the order of arrival, to the last token.
 
     A pure function of its arguments. ``on_done`` hears how many have finished, after each. Raises TraceError for an
-    arrival before the one above it or for no request at all, CapacityError for a request that never fits.
+    arrival before the one above it or for no request at all, CapacityError for a request that never fits,
+    UnsupportedError for a pipeline on a shared machine.
     """
+    if system.is_shared and system.costs.stages != 1:
+        raise UnsupportedError(f"expected one stage on a shared machine, found {system.costs.stages}; use one")
     cluster = _Cluster(simpy.Environment(), system, on_done)
     cluster.env.process(cluster.arrivals(requests))
     cluster.env.run()
@@ -91,21 +104,30 @@ class _Prefill:
 
     def compute(self, job: Job, now: float, system: System) -> float:
         """Enter a prompt; sets ``started``, ``computed`` and ``packed``. Returns seconds until the next may enter."""
-        costs, tokens = system.costs, job.request.prompt_tokens
-        compute, pack = costs.prefill_s(tokens, job.cached_tokens), costs.pack_s(tokens)
-        work = compute if system.background_pack else compute + pack
-        stage = work / costs.stages
+        work, pack = work_s(job, system)
+        stage = work / system.costs.stages
         self.done = max(now + work, self.done + stage)  # prompts do not overtake one another
         job.prefill_id, job.started = self.index, now
+        self.pack(job, pack, system)
+        return stage
+
+    def pack(self, job: Job, pack: float, system: System) -> None:
+        """Set ``computed`` and ``packed`` of the prompt that ends at ``done``; packing takes ``pack`` seconds."""
         if not system.background_pack:
             job.computed, job.packed = self.done - pack, self.done
-            return stage
+            return
         job.computed = self.done
-        layer = 1 / costs.num_layers if system.overlap else 1.0  # of the work, packed behind the last layer
-        first = now + (self.done - now) * layer
+        layer = 1 / system.costs.num_layers if system.overlap else 1.0  # of the work, packed behind the last layer
+        first = job.started + (self.done - job.started) * layer
         self.packed = max(self.done + pack * layer, max(first, self.packed) + pack)
         job.packed = self.packed
-        return stage
+
+
+def work_s(job: Job, system: System) -> tuple[float, float]:
+    """What a prompt takes of its prefill instance, and packing of that or of another core."""
+    costs, tokens = system.costs, job.request.prompt_tokens
+    compute, pack = costs.prefill_s(tokens, job.cached_tokens), costs.pack_s(tokens)
+    return (compute if system.background_pack else compute + pack), pack
 
 
 class _Cluster:
@@ -122,11 +144,17 @@ class _Cluster:
         decode_ids = range(system.num_decode)
         self.rooms = [Room(capacity) for _ in decode_ids]
         self.network = Network(env, egress, ingress, self._arrived)
-        self.decodes = [DecodeInstance(env, self.costs, max_batch, self._finish) for _ in decode_ids]
+        self.decodes = [
+            DecodeInstance(env, self.costs, max_batch, self._finish, self._decoding_changed) for _ in decode_ids
+        ]
         self.unpacked = [0.0 for _ in decode_ids]  # when the newest KV is unpacked: one after the other
         self.idle = deque(_Prefill(i) for i in range(system.num_prefill))
         self.queue: deque[Job] = deque()
         self.prefill_busy_s = 0.0
+        self.works: list[SharedWork] = []  # prompts that are computed on a shared machine
+        self.num_decoding = 0  # instances that decode
+        self.newest: dict[int, Job] = {}  # by prefill instance, put on the network last
+        self.link_free = [0.0] * system.num_prefill  # when a prefill instance's newest transfer ended
         self.prefix: PrefixCache | None = None
         if system.prefix_bytes is not None:
             self.prefix = PrefixCache(system.prefix_bytes, self.costs.kv_bytes(PREFIX_BLOCK_TOKENS))
@@ -169,17 +197,58 @@ class _Cluster:
         now, system = self.env.now, self.system
         if self.prefix is not None:
             job.cached_tokens = self.prefix.lookup(job.request.prefix_blocks, job.request.prompt_tokens)
-        stage = prefill.compute(job, now, system)
-        self.prefill_busy_s += stage
-        call_in(self.env, stage, lambda _: self._next_prompt(prefill))
         if system.overlap and not job.has_room:
             self._choose(job)
             self.rooms[job.decode_id].take(job)
+        if system.is_shared:
+            self._compute_shared(prefill, job)
+            return
+        stage = prefill.compute(job, now, system)
+        self.prefill_busy_s += stage
+        call_in(self.env, stage, lambda _: self._next_prompt(prefill))
         if system.overlap and job.has_room:
             start = overlapped_start(now, job.packed, self.costs.num_layers, job.wire_bytes, self.rate)
             call_in(self.env, start - now, lambda _: self.network.put(job))
         else:
             call_in(self.env, job.packed - now, lambda _: self._packed(job))
+
+    def _compute_shared(self, prefill: _Prefill, job: Job) -> None:
+        """Compute a prompt beside what decodes; when it ends depends on that."""
+        system, start = self.system, self.env.now
+        work, pack = work_s(job, system)
+        job.prefill_id, job.started = prefill.index, start
+
+        def done() -> None:
+            self.works.remove(shared)
+            self._slow_decodes()
+            prefill.done = self.env.now
+            slower = 1.0 if system.background_pack else (self.env.now - start) / work
+            prefill.pack(job, pack * slower, system)
+            self.prefill_busy_s += self.env.now - start
+            call_in(self.env, job.packed - self.env.now, lambda _: self._packed_shared(job))
+            self._next_prompt(prefill)
+
+        shared = SharedWork(self.env, work, system.prefill_beside if self.num_decoding else 1.0, done)
+        self.works.append(shared)
+        self._slow_decodes()
+
+    def _packed_shared(self, job: Job) -> None:
+        if not (self.system.overlap and job.has_room):
+            self._packed(job)
+            return
+        index = job.prefill_id
+        job.sent_early = sent_early(job, self.costs.num_layers, self.rate, self.link_free[index])
+        self.newest[index], self.link_free[index] = job, math.inf
+        self.network.put(job)
+
+    def _slow_decodes(self) -> None:
+        for decode in self.decodes:
+            decode.slow(self.system.decode_beside if self.works else 1.0)
+
+    def _decoding_changed(self, is_busy: bool) -> None:
+        self.num_decoding += 1 if is_busy else -1
+        for work in self.works:
+            work.slow(self.system.prefill_beside if self.num_decoding else 1.0)
 
     def _next_prompt(self, prefill: _Prefill) -> None:
         self.idle.append(prefill)
@@ -202,6 +271,8 @@ class _Cluster:
     def _arrived(self, job: Job) -> None:
         """The last byte has left."""
         job.arrived = self.env.now + self.system.latency_s
+        if self.newest.get(job.prefill_id) is job:
+            self.link_free[job.prefill_id] = self.env.now
         ready = max(job.arrived, self.unpacked[job.decode_id])
         unpack_s = self.costs.unpack_s(job.request.prompt_tokens)
         job.unpacked = self.unpacked[job.decode_id] = ready + unpack_s

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import get_args
 
 import numpy as np
@@ -68,7 +69,7 @@ class FittedCosts:
 
 def fit(run: Run) -> FittedCosts:
     """Fit a run's step samples. Raises TraceError, naming the stage, if prefill or decode were not measured."""
-    stages = {stage: [s for s in run.steps if s.stage == stage] for stage in get_args(Stage)}
+    stages = {stage: [s for s in run.steps if s.stage == stage and not s.beside] for stage in get_args(Stage)}
     for stage in ("prefill", "decode"):
         if not stages[stage]:
             raise TraceError(
@@ -84,6 +85,25 @@ def fit(run: Run) -> FittedCosts:
         wire={r.prompt_tokens: r.wire_bytes for r in run.requests},
         kv={r.prompt_tokens + r.output_tokens: r.kv_bytes for r in run.requests},
     )
+
+
+def beside(run: Run) -> tuple[float, float]:
+    """How many times longer a prompt takes beside decoding, and a decode step beside a prompt; 1 without samples.
+
+    Each is a measured time over what the fit of the times at rest gives for the same batch and tokens, at least 1.
+    """
+    costs = fit(run)
+    ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for s in run.steps:
+        if s.beside:
+            at_rest = (
+                costs.prefill_s(s.tokens, 0)
+                if s.stage == "prefill"
+                else costs.step_s(s.batch) + costs.per_token_s * s.batch * s.tokens
+            )
+            ratios[s.stage].append(s.seconds / at_rest)
+    prefill, decode = (max(1.0, fmean(found)) if found else 1.0 for found in ratios.values())
+    return prefill, decode
 
 
 def handoff_s(run: Run) -> float:

@@ -30,6 +30,7 @@ class Job:
         "prefill_id",
         "request",
         "room_wait_s",
+        "sent_early",
         "started",
         "unpacked",
         "wire_bytes",
@@ -45,6 +46,7 @@ class Job:
         self.context = 0  # tokens of KV while it decodes
         self.room_wait_s = 0.0  # for room at decode, before the transfer
         self.dequantize_s = 0.0
+        self.sent_early = 0.0  # bytes that left before the transfer is looked at
         self.started = self.computed = self.packed = self.arrived = self.unpacked = self.admitted = 0.0
 
 

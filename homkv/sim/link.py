@@ -20,7 +20,7 @@ class Transfer:
     def __init__(self, pair: Pair, job: Job) -> None:
         self.pair = pair
         self.job = job
-        self.left = float(job.wire_bytes)
+        self.left = float(job.wire_bytes - job.sent_early)
         self.rate = 0.0
 
 

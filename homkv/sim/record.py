@@ -60,6 +60,7 @@ class StepSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
 
     ``decode``: one step of ``batch`` sequences. ``pack``: all layers of one prompt, not overlapped. ``unpack``: verify,
     or decode an entropy-coded wire, once per request. ``handoff``: what a request takes besides, with all else idle.
+    ``beside``: not at rest, but while the other stage worked: a decode step during a prompt, a prompt during decoding.
     """
 
     run_id: str
@@ -67,6 +68,7 @@ class StepSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     batch: Count
     tokens: Count
     seconds: Seconds
+    beside: bool = False
 
 
 class RequestRecord(

@@ -10,7 +10,7 @@ import numpy as np
 from homkv.errors import TraceError
 from homkv.sim.costs import Costs
 from homkv.sim.engine import System, simulate
-from homkv.sim.fitted import fit, handoff_s
+from homkv.sim.fitted import beside, fit, handoff_s
 from homkv.sim.formats import make_format
 from homkv.sim.hardware import find_gpu, find_model
 from homkv.sim.record import PHASES, RequestRecord, Run, read_record
@@ -117,7 +117,7 @@ def simulated(run: Run, costs_of: CostsOf = fit) -> list[tuple[RequestRecord, Re
 
 def system_of(run: Run, costs: Costs) -> System:
     """The system that a record describes. What a request takes with all else idle (handoff) adds to the latency."""
-    info = run.info
+    info, (prefill_beside, decode_beside) = run.info, beside(run)
     return System(
         costs=costs,
         num_prefill=info.num_prefill,
@@ -130,4 +130,6 @@ def system_of(run: Run, costs: Costs) -> System:
         reserves_early=info.reserves_early,
         capacity_bytes=info.kv_capacity_bytes,
         max_batch=info.max_batch,
+        prefill_beside=prefill_beside,
+        decode_beside=decode_beside,
     )

@@ -61,7 +61,7 @@ _FROM: dict[Where, list[tuple[int, str]]] = {
         (160, "Failed"),
         (190, "Done"),
         (290, "Failed"),
-        (500, "Status"),
+        (850, "Status"),  # grows with what it has counted
         (_ANY, "Token"),
     ],
 }

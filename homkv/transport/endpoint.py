@@ -1,6 +1,5 @@
-"""What both ends of a connection share: options, link messages, socket settings, monitoring, waking up."""
+"""What both ends of a connection share: options, link messages, socket settings, waking up."""
 
-import itertools
 import socket as plain_socket
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +7,6 @@ from typing import Any, Literal
 import msgspec
 import xxhash
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from homkv.errors import ShapeError, TransferError
 from homkv.transport.keys import Security
@@ -17,13 +15,6 @@ from homkv.transport.wire import FRAME_OVERHEAD, HARD_CAP_BYTES, MAX_FRAME_BYTES
 # The first part of every message on a link says what follows (docs/wire.md, link messages).
 MESSAGE, FRAME, RECEIPT, PROBE = b"M", b"F", b"R", b"P"
 MESSAGE_DIGEST_BYTES = 8  # XXH3-64 behind every message and receipt: a damaged token must not be believed
-
-HANDSHAKE_FAILURES = {
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "untrusted_key",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "handshake",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "handshake",
-}
-_monitor_names = itertools.count()
 
 
 class LinkError(TransferError):
@@ -53,7 +44,7 @@ class LinkOptions:
     queue_bytes: int = 256 << 20  # accepted by send() and not acknowledged: what the sender keeps alive
     max_frame_bytes: int = MAX_FRAME_BYTES
     max_message_bytes: int = 4 << 20  # one control message
-    max_messages: int = 1000  # queued per connection and direction
+    max_messages: int = 1000  # that a sender has on one connection: frames without receipt, or words not yet taken
     linger_s: float = 1.0  # Listener.close() gives unsent bytes this long
 
     def __post_init__(self) -> None:
@@ -67,13 +58,17 @@ class LinkOptions:
 
 
 def open_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, options: LinkOptions) -> "zmq.Socket[bytes]":
-    """A socket with every limit set: memory, heartbeats, waiting, lingering."""
+    """A socket with every limit set: memory, heartbeats, waiting, lingering.
+
+    What was sent is always taken; its sender limits it (``max_messages``, ``window_bytes``). A socket that stopped to
+    read would not hear heartbeats, and libzmq could end the process over it (docs/decisions/0016-chaos.md).
+    """
     socket = context.socket(kind)
     timeout_ms = int(options.peer_timeout_s * 1000)
     socket.maxmsgsize = max(options.max_frame_bytes, options.max_message_bytes) + FRAME_OVERHEAD
-    socket.rcvhwm = socket.sndhwm = options.max_messages
+    socket.sndhwm, socket.rcvhwm = options.max_messages, 0
     socket.heartbeat_ivl = max(timeout_ms // 4, 1)
-    socket.heartbeat_timeout = max(timeout_ms // 2, 1)
+    socket.heartbeat_timeout = max(3 * timeout_ms // 4, 1)  # with the wait for the next heartbeat: all of it
     socket.handshake_ivl = timeout_ms
     socket.sndtimeo = timeout_ms
     socket.linger = int(options.linger_s * 1000)
@@ -118,34 +113,6 @@ def _check_size(found: int, cap: int) -> None:
 
 
 DEFAULTS = LinkOptions()
-
-
-class Monitor:
-    """Reads what happens to a socket's connections: handshakes, refusals, disconnections."""
-
-    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
-        self._watched = socket
-        # get_monitor_socket() names its endpoint after a file descriptor, which another socket may still hold
-        address = f"inproc://homkv-monitor-{next(_monitor_names)}"
-        wanted = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
-        for failure in HANDSHAKE_FAILURES:
-            wanted |= failure
-        socket.monitor(address, wanted)
-        self.socket = socket.context.socket(zmq.PAIR)
-        self.socket.linger = 0
-        self.socket.connect(address)
-
-    def next(self, timeout_s: float = 0.0) -> zmq.Event | None:
-        """What happened next, or None if nothing did within ``timeout_s``."""
-        if not self.socket.poll(int(timeout_s * 1000)):
-            return None
-        event: zmq.Event = recv_monitor_message(self.socket)["event"]
-        return event
-
-    def close(self) -> None:
-        """Stop watching; call before the watched socket is closed."""
-        self._watched.disable_monitor()
-        self.socket.close()
 
 
 class Wake:

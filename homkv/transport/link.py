@@ -20,13 +20,11 @@ from homkv.errors import TransferError
 from homkv.transport.endpoint import (
     DEFAULTS,
     FRAME,
-    HANDSHAKE_FAILURES,
     MESSAGE,
     PROBE,
     RECEIPT,
     LinkError,
     LinkOptions,
-    Monitor,
     Receipt,
     Wake,
     decode_message,
@@ -35,6 +33,7 @@ from homkv.transport.endpoint import (
     set_keys,
 )
 from homkv.transport.keys import Security
+from homkv.transport.monitor import Monitor
 from homkv.transport.wire import Frame, FrameError, decode_frame
 
 log = logging.getLogger(__name__)
@@ -109,8 +108,9 @@ class Listener:
         self._wake.drain()
         events = self._flush()
         while (happened := self._monitor.next()) is not None:
-            if happened in HANDSHAKE_FAILURES:
-                self.refused[HANDSHAKE_FAILURES[happened]] += 1
+            if happened in ("untrusted_key", "handshake"):
+                self.refused[happened] += 1
+                log.warning("refused a peer: %s", happened)
         while self._socket.poll(0):
             if len(events) >= MAX_EVENTS:
                 return events
@@ -273,14 +273,14 @@ class Peer:
     def _await_handshake(self) -> None:
         deadline_s = time.monotonic() + self._options.peer_timeout_s
         while (left_s := deadline_s - time.monotonic()) > 0:
-            event = self._monitor.next(left_s)
-            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            happened = self._monitor.next(left_s)
+            if happened == "connected":
                 return
-            if event in HANDSHAKE_FAILURES:
+            if happened is not None:
                 raise LinkError(
                     "refused",
                     f"expected {self.endpoint} to accept our key and to prove its own, found the handshake refused "
-                    f"({HANDSHAKE_FAILURES[event]}); add our public key to its trust store and check its key here",
+                    f"({happened}); add our public key to its trust store and check its key here",
                 )
         raise LinkError(
             "timeout",
@@ -330,7 +330,7 @@ class Peer:
         received = []
         while self._socket.poll(0):
             received += self._receive()
-        if not received and self._monitor.next() == zmq.Event.DISCONNECTED:
+        if not received and self._monitor.next() == "lost":
             raise LinkError(
                 "vanished",
                 f"expected {self.endpoint} to stay connected, found the peer vanished; see its log, then connect again",
@@ -359,9 +359,9 @@ class Peer:
     def close(self) -> None:
         """Close the socket. What the other side has not received may be lost: wait for receipts where it matters.
 
-        Without lingering, because libzmq ends the process if a connection breaks while its socket lingers and its
-        heartbeats go on (zeromq/libzmq#4364). Nothing here needs it: frames are acknowledged, and instances drop the
-        requests of a connection that ends.
+        Without lingering: libzmq may end the process if a connection breaks while its socket lingers and its
+        heartbeats go on (docs/decisions/0016-chaos.md). Nothing here needs it: frames are acknowledged, and instances
+        drop the requests of a connection that ends.
         """
         self._monitor.close()
         self._socket.close(linger=0)

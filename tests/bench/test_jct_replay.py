@@ -14,13 +14,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from homkv.bench.jct.plots import plot
-from homkv.bench.jct.replay import Prompt, cut_prompts, median_gap
+from homkv.bench.jct.replay import Prompt, cut_prompts
 from homkv.bench.jct.report import print_report
 from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, trace_requests, uniform_requests
+from homkv.bench.jct.steps import median_gap, overlapping
 from homkv.bench.jct.summary import Summary, rate_at_p99, ratio_interval, summarize
 from homkv.cli import main
 from homkv.cli.bench_jct import parse_range
 from homkv.errors import FormatError, ShapeError, TraceError, TransferError
+from homkv.serve.messages import PrefillTimes
 from homkv.sim.record import PHASES, RequestRecord, Run, RunInfo
 from homkv.sim.trace import Request, write_trace
 
@@ -184,6 +186,19 @@ def test_intervals_are_of_pairs() -> None:
 
 def test_one_disturbed_step_does_not_count() -> None:
     assert median_gap([0.0, 0.1, 0.2, 5.0, 5.1, 5.2]) == pytest.approx(0.1)
+
+
+def test_steps_beside_a_prompt_are_told_apart() -> None:
+    """Steps of 1/8 s, of 1/2 s from 1 to 3 s on, while a prompt of 500 tokens was computed."""
+    moments = [i / 8 for i in range(9)] + [1.5, 2.0, 2.5, 3.0] + [3 + i / 8 for i in range(1, 9)]
+    times = PrefillTimes(0.0, 1.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0)
+    decode, prefill = overlapping(moments, 100, times, 500, 4)
+    assert (decode.stage, decode.tokens, decode.seconds) == ("decode", 110, 0.5)
+    assert (prefill.stage, prefill.tokens, prefill.seconds) == ("prefill", 500, 2.0)
+    assert decode.beside
+    assert prefill.beside
+    assert overlapping(moments, 100, times, 500, 5) == []
+    assert overlapping(moments[:12], 100, times, 500, 2) == []  # it had ended before the prompt
 
 
 def test_rates_at_equal_p99() -> None:

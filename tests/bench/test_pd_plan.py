@@ -44,6 +44,7 @@ def test_the_slowest_stage_sets_the_rate(link: str, shared: bool, expected: floa
     steps = [
         StepSample(run_id="", stage="prefill", batch=1, tokens=100, seconds=0.5),
         StepSample(run_id="", stage="decode", batch=4, tokens=100, seconds=0.01),
+        StepSample(run_id="", stage="prefill", batch=1, tokens=100, seconds=9.0, beside=True),
     ]
     lengths, form = Lengths((100, 100), (101, 101)), make_form(MODELS["tiny"], "bf16")
     cell = Cell("bf16", link, True, "exact", 4, (100, 100), 201)

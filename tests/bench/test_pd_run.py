@@ -141,7 +141,7 @@ def test_the_command_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    assert "expected direct, tcp or a rate" in capsys.readouterr().err
+    assert "expected direct, nixl, tcp or a rate" in capsys.readouterr().err
 
 
 def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import itertools
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import homkv
 from homkv.errors import FormatError, ShapeError
-from homkv.eval.calibrate import CalibrationOptions, calibrate, choose
+from homkv.eval.calibrate import CalibrationOptions, calibrate, choose, num_cases
+from homkv.eval.record import read_records
+from homkv.formats import make_codec
 from homkv.models import LoadedModel, describe_model
 
 BITS = {"a": 2.0, "b": 2.5, "c": 4.0}
@@ -57,34 +61,51 @@ def loaded() -> LoadedModel:
     return describe_model(model, PreTrainedTokenizerFast(tokenizer_object=words), "tiny")
 
 
-def test_the_search_finds_the_layer_that_matters(loaded: LoadedModel) -> None:
+def test_the_search_finds_the_layer_that_matters(loaded: LoadedModel, tmp_path: Path) -> None:
     steps: list[str] = []
-
-    def begin(what: str, count: int) -> object:
-        steps.extend([what] * count)
-        return lambda: steps.remove(what)
-
     names = ("k2220v2222", "k4420v2222", "k8444v4444")
     options = CalibrationOptions(3.6, names, texts=1, prefix_pages=3, scored=64)
-    found = calibrate(loaded, options, begin)  # type: ignore[arg-type]
-    assert steps == []  # as many steps as were announced
+    found = calibrate(loaded, options, tmp_path / "a.jsonl", steps.append)
+    assert len(steps) == num_cases(loaded, options)
     low, high = found.plan.layers
     assert names.index(high) > names.index(low)
     assert found.plan.provenance["bits_per_element"] <= 3.6
     kl = {name: kl for name, _, kl in found.verified}
     assert kl["k8444v4444"] < kl[found.plan.title] < kl["k2220v2222"]
-    assert calibrate(loaded, options, begin).plan.dumps() == found.plan.dumps()  # type: ignore[arg-type]
+    assert calibrate(loaded, options, tmp_path / "b.jsonl").plan.dumps() == found.plan.dumps()
     with homkv.attach(loaded.model, found.plan.spelling):
         loaded.model.generate(torch.arange(150)[None], max_new_tokens=2, do_sample=False)
 
 
-def test_a_search_that_cannot_be_is_refused_first(loaded: LoadedModel) -> None:
-    def begin(what: str, count: int) -> object:
+def test_a_search_goes_on_and_another_budget_measures_only_its_plan(loaded: LoadedModel, tmp_path: Path) -> None:
+    path, names = tmp_path / "c.jsonl", ("k2220v2222", "k4420v2222", "k8444v4444")
+    options = CalibrationOptions(3.6, names, window=128, texts=1, prefix_pages=3, scored=64)
+    first = calibrate(loaded, options, path)
+    assert {layer[-4:] for layer in first.plan.layers} == {"w128"}
+    lines = path.read_bytes()
+    path.write_bytes(lines[: len(lines) // 2])
+    assert calibrate(loaded, options, path).plan.dumps() == first.plan.dumps()
+    count = len(read_records(path))
+    other = calibrate(loaded, replace(options, budget_bits=4.4), path)
+    assert other.plan.layers != first.plan.layers
+    assert len(read_records(path)) == count + 1
+
+
+def test_bits_are_counted_at_the_head_dim_asked_for(loaded: LoadedModel, tmp_path: Path) -> None:
+    options = CalibrationOptions(3.2, ("k4220v2222", "k8444v4444"), texts=1, prefix_pages=1, scored=8, head_dim=128)
+    plan = calibrate(loaded, options, tmp_path / "d.jsonl").plan
+    assert plan.provenance["candidates"]["k4220v2222"] == make_codec("k4220v2222", 128).bits_per_element(32768)
+
+
+def test_a_search_that_cannot_be_is_refused_first(loaded: LoadedModel, tmp_path: Path) -> None:
+    def step(what: str) -> None:
         raise AssertionError("nothing may be measured")
 
     with pytest.raises(FormatError, match="at least"):
-        calibrate(loaded, CalibrationOptions(1.0), begin)  # type: ignore[arg-type]
+        calibrate(loaded, CalibrationOptions(1.0), tmp_path / "e.jsonl", step)
     with pytest.raises(FormatError, match="kABCDvEFGH"):
-        calibrate(loaded, CalibrationOptions(3.0, ("kivi",)), begin)  # type: ignore[arg-type]
+        calibrate(loaded, CalibrationOptions(3.0, ("kivi",)), tmp_path / "e.jsonl", step)
+    with pytest.raises(FormatError, match="window"):
+        calibrate(loaded, CalibrationOptions(3.0, window=100), tmp_path / "e.jsonl", step)
     with pytest.raises(ShapeError, match="texts"):
-        calibrate(loaded, CalibrationOptions(9.0, prefix_pages=10**6), lambda *_: lambda: None)
+        calibrate(loaded, CalibrationOptions(9.0, prefix_pages=10**6), tmp_path / "e.jsonl", step)

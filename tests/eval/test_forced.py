@@ -3,9 +3,11 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from eval_cases import sharp_llama
@@ -17,19 +19,25 @@ from transformers import PreTrainedTokenizerFast
 from homkv import cli
 from homkv.errors import FormatError, ShapeError, UnsupportedError
 from homkv.eval.bootstrap import difference, estimate, resolved
+from homkv.eval.code import Problem
+from homkv.eval.encoding import HostEncodedRows, encoded_on_host
 from homkv.eval.exact import continue_greedily, run_exact
 from homkv.eval.forced import passes, score, write
 from homkv.eval.gate import Gate, Threshold, check, load_gate
 from homkv.eval.items import Item, Options, make_items
 from homkv.eval.jsonl import append_jsonl
 from homkv.eval.metrics import edit_similarity, first_miss, kl_divergence, token_scores
-from homkv.eval.record import Case, read_records
-from homkv.eval.report import make_report, markdown
+from homkv.eval.record import CALIBRATION, Case, Size, Speed, read_records, rounded
+from homkv.eval.report import make_report, markdown, notes
 from homkv.eval.run import Conditions, measure_cases
-from homkv.eval.sizes import measure_size, measure_speed
+from homkv.eval.sizes import measure_size, measure_sizes, measure_speed
 from homkv.eval.summary import summarize, unresolved
 from homkv.formats import make_codec
-from homkv.models import LoadedModel, describe_model
+from homkv.formats.rows import RowsCodec
+from homkv.models import BUNDLES, LoadedModel, describe_model
+from homkv.plan import LayerPlan
+
+GATES = Path(__file__).parents[2] / "benchmarks" / "gates"
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +178,108 @@ def test_a_run_resumes_and_reports(loaded: LoadedModel, tmp_path: Path) -> None:
     assert small.num_tokens == 3 * 39
     assert len(small.drift) == 4
     page = markdown(report, "homkv eval", ["a.png"])
-    assert page.count("\n| small |") == 1
+    assert page.count("\n| small |") == 2  # the main table and drift
     assert "![a.png](a.png)" in page
     json.dumps(report.as_json())
 
 
+def test_sizes_are_measured_once(loaded: LoadedModel) -> None:
+    known: set[str] = set()
+    for _ in range(2):
+        found = list(measure_sizes(loaded, ids(201), ("small", "fp16"), known, speed_context=256))
+        assert len(found) == (0 if known else 4)
+        known |= {record.key for record in found}
+
+
+def test_a_plan_has_sizes_and_a_speed(loaded: LoadedModel) -> None:
+    plan = LayerPlan(loaded.fingerprint, ("k4420v2222w128", "k8444v4444w128")).spelling
+    size, speed = measure_sizes(loaded, ids(201), (plan,), (), speed_context=300)
+    assert isinstance(size, Size)
+    halves = [make_codec(name, 128).bits_per_element(32768) for name in ("k4420v2222w128", "k8444v4444w128")]
+    assert size.stored_32k == pytest.approx(sum(halves) / 2)
+    assert isinstance(speed, Speed)
+    assert speed.microseconds > 0
+
+
+def test_a_format_that_cannot_hold_the_numbers_is_recorded_and_the_run_goes_on(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, items, conditions = tmp_path / "f.jsonl", [text("t", 200, 180, 3)], Conditions(("small", "int8"), bf16=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowsCodec, "encode", lambda *_: (_ for _ in ()).throw(FormatError("expected less")))
+        failed = measure_cases(loaded, items, replace(conditions, impl="reference"), path)
+    assert [c.error for c in failed] == [None, "FormatError: expected less", "FormatError: expected less"]
+    report = make_report(read_records(path))
+    assert [s.format for s in report.summaries] == ["exact"]
+    assert len(report.failed) == 2
+    assert any("expected less" in note for note in notes(report))
+    again = measure_cases(loaded, items, replace(conditions, impl="reference"), path)
+    assert [c.error for c in again] == [None] * 3  # tried again
+
+
+def test_formats_write_code_and_continuations_by_themselves(loaded: LoadedModel, tmp_path: Path) -> None:
+    start = tuple(ids(180, 5).tolist())
+    problem = Problem("T/0", "def f():\n", "f", "    return 1\n", "def check(f):\n    assert f() == 1\n")
+    items = [Item("code", "T/0", start, 179, 8, problem), Item("greedy", "g", start, 179, 8)]
+    cases = measure_cases(loaded, items, Conditions(("fp16", "k2000v2000"), run_code=True), tmp_path / "w.jsonl")
+    assert not any(c.error for c in cases)
+    written = {c.format: c for c in cases if c.task == "code"}
+    assert written["exact"].similarity == written["fp16"].similarity == 1
+    assert written["fp16"].text == written["exact"].text
+    assert (written["k2000v2000"].similarity or 0) < 1
+    assert {c.passed for c in written.values()} == {False, None}  # random weights write no program
+    greedy = {s.format: s.diverges for s in summarize(cases)}
+    exact, coarse = greedy["exact"], greedy["k2000v2000"]
+    assert exact is not None
+    assert coarse is not None
+    assert coarse.mean < exact.mean == 8
+
+
+def test_scores_that_are_not_finite_are_never_written() -> None:
+    assert rounded([0.123456789]) == [0.12346]
+    for value in (math.nan, math.inf):
+        with pytest.raises(FormatError, match="finite"):
+            rounded([1.0, value])
+
+
+def test_the_reference_on_a_gpu_encodes_the_same_bytes_on_the_host() -> None:
+    k, v = torch.randn(2, 3, 128, 64, generator=torch.Generator().manual_seed(0))
+    plan = LayerPlan("0" * 32, ("k4420v2222", "k8444v4444"))
+    gpu = torch.device("meta")  # any that is not the CPU
+    for codec in (make_codec("small", 64, list(range(63, -1, -1))), make_codec(plan.spelling, 64)):
+        assert encoded_on_host(codec, "reference", torch.device("cpu")) is codec
+        assert encoded_on_host(codec, "triton", gpu) is codec
+        host = encoded_on_host(codec, "reference", gpu)
+        assert host.layout_id == codec.layout_id
+        for layer in range(2):
+            mine = host.at_layer(layer, 2)
+            assert isinstance(mine, HostEncodedRows)
+            assert torch.equal(mine.encode(k, v), codec.at_layer(layer, 2).encode(k, v))
+
+
 def case(name: str, item: str, kl: list[float], task: str = "text", hit: str = "11") -> Case:
     return Case(f"{name}{item}", "m", name, task, item, "exact", 9, kl, [1.0] * len(kl), "1" * len(kl), hit)
+
+
+def test_lengths_and_prefills_are_not_mixed() -> None:
+    plan = LayerPlan("0" * 32, ("small", "balanced"))
+    texts = [case("a", f"{i}", [0.1] * 4) for i in range(3)]
+    longer = [msgspec.structs.replace(case("a", f"x{i}", [0.9] * 8), prefix=6000) for i in range(2)]
+    stored = [msgspec.structs.replace(case(plan.spelling, f"q{i}", [0.5] * 4), prefill="quantized") for i in range(2)]
+    report = make_report([*longer, *texts, *stored, case("a", "c", [7.0] * 4, CALIBRATION)])
+    assert str(report.main) == "9 + 4"
+    (row,) = report.summaries
+    assert row.kl is not None
+    assert row.kl.mean == pytest.approx(0.1)
+    assert {str(s): list(rows) for s, rows in report.others.items()} == {
+        "9 + 4, quantized prefill": [plan.spelling],
+        "6,000 + 8": ["a"],
+    }
+    page = markdown(report, "homkv eval", [])
+    assert f"| plan 2.40 w64 {plan.title[-6:]} | 0.5000 | – |" in page
+    assert "| a | – | 0.9000 |" in page
+    assert "## Drift" in page  # of the longest tail
+    assert "| a | 0.9000 | 0.9000 | 0.9000 | 0.9000 |" in page
 
 
 def test_summaries_count_and_say_what_is_not_resolved() -> None:
@@ -210,6 +313,17 @@ def test_gates_keep_and_fail(tmp_path: Path) -> None:
             load_gate(bad)
 
 
+@pytest.mark.parametrize("path", sorted(GATES.glob("*.json")), ids=lambda path: path.stem)
+def test_gates_ask_for_models_and_formats_that_exist(path: Path) -> None:
+    gate = load_gate(path)
+    assert gate.model in BUNDLES
+    for name, threshold in gate.formats.items():
+        make_codec(name, 64)
+        assert threshold.kl_at_most is not None
+        assert threshold.kl_at_most < 0.05
+    assert gate.model in path.stem
+
+
 def test_unknown_tasks_and_broken_files_are_refused(tmp_path: Path, loaded: LoadedModel) -> None:
     with pytest.raises(UnsupportedError, match="expected tasks out of"):
         Options(tasks=("text", "dance"))
@@ -226,7 +340,7 @@ def test_the_gate_of_a_real_model_is_kept(
     smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("homkv.models.load_model", lambda *_, **__: smollm2)
-    gate = Path(__file__).parents[2] / "benchmarks" / "gates" / "smollm2.json"
+    gate = GATES / "smollm2.json"
     monkeypatch.setattr(sys, "argv", ["homkv", "eval", "--gate", str(gate)])
     with pytest.raises(SystemExit) as end:
         cli.main()

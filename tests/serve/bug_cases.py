@@ -52,7 +52,7 @@ class Kept(RawRequest):
 
     def assert_held(self) -> None:
         """Every byte that was sent is held, and nothing else."""
-        request = self.pair.decoder._requests[self.request_id]
+        request = self.pair.decoder._rooms._given[self.request_id]
         engine, seq = request.engine, request.seq
         assert isinstance(engine, PagedEngine)
         for layer, content in self.__dict__["sent"].items():

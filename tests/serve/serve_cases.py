@@ -35,9 +35,9 @@ from homkv.transport.sender import FrameSender
 VOCABULARY, CONTEXT, NUM_LAYERS = 200, 2048, 2
 NAN_TOKEN = 199  # its embedding is NaN: whatever attends to it overflows
 OPEN = Security(insecure=True)
-OPTIONS = replace(SERVING, peer_timeout_s=4.0, ack_timeout_s=8.0, linger_s=0.2)
-PROMPT_S = 3.0  # "promptly": far below every timeout of the link, with room for a busy machine
-PATIENCE_S = 20.0
+OPTIONS = replace(SERVING, peer_timeout_s=10.0, ack_timeout_s=20.0, linger_s=0.2)
+PROMPT_S = 7.0  # "promptly": far below every timeout of the link, with room for a busy machine
+PATIENCE_S = 60.0  # how long a test waits for what must happen; never so long when it does
 ENDPOINT = "tcp://127.0.0.1:0"
 FORMATS = ["fp16", "balanced"]
 
@@ -87,7 +87,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> 
 class Asked:
     """A request to a dispatcher and every token that its owner was told, which must come in order."""
 
-    def __init__(self, dispatcher: Dispatcher, query: Query, request_id: str | None = None) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, query: Query, request_id: str | None = None, patience_s: float = PATIENCE_S
+    ) -> None:
+        self.patience_s = patience_s  # for each event
         self.events: queue.SimpleQueue[Progress | Token | Ended] = queue.SimpleQueue()
         self.told: list[Token] = []
         self.request_id = dispatcher.submit(query, self.events.put, request_id)
@@ -102,7 +105,7 @@ class Asked:
         return self.tokens, self.told[0].evidence if self.told else None
 
     def next(self) -> Progress | Token | Ended:
-        event = self.events.get(timeout=PATIENCE_S)
+        event = self.events.get(timeout=self.patience_s)
         if isinstance(event, Token):
             assert event.index == len(self.told)
             self.told.append(event)

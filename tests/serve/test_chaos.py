@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,18 @@ from homkv.eval.chaos.cases import Case, make_cases
 from homkv.eval.chaos.judge import References, Watched, make_query
 from homkv.eval.chaos.processes import ProcessCell
 from homkv.eval.chaos.record import Outcome, Plan, Totals, read_lines, read_outcomes
-from homkv.eval.chaos.run import run_case
+from homkv.eval.chaos.run import measure_clean_s, run_case
 from homkv.eval.chaos.service import Cell, Subject, open_subject
 from homkv.eval.chaos.threads import ThreadCell
 from homkv.serve.decode import DecodeInstance
+from homkv.serve.messages import Choice, Token
 from homkv.serve.query import Policy
+from homkv.serve.status import StatusBoard
 from homkv.testing.faults import MESSAGES, Fault, Where, combinations, random_plan
+from homkv.testing.models import VOCABULARY
+from homkv.testing.names import SEAL_BYTES, SealedNames
 from homkv.transport import wire
+from homkv.transport.endpoint import encode_message
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_a_plan_follows_from_its_seed_and_covers_everything() -> None:
 
 def test_every_service_has_its_faults() -> None:
     cases = make_cases(3, 2 * len(combinations()))
-    assert {c.fault.kind for c in cases if c.service == "processes"} == {"kill", "stop", "restart"}
+    assert {c.fault.kind for c in cases if c.service == "processes"} == {"kill", "stop", "restart", "clock_jump"}
     others = [{(c.fault.kind, c.fault.message) for c in cases if c.service == s} for s in ("threads", "keys")]
     assert others[0] == others[1]
     assert {c.service for c in make_cases(3, 40, ["drop"], ["processes"])} == {"processes"}
@@ -71,8 +77,6 @@ def test_faults_that_do_not_exist_are_refused() -> None:
         Fault("drop", "prefill", "Token")
     with pytest.raises(UnsupportedError, match="found earthquake"):
         make_cases(0, 1, ["earthquake"])  # type: ignore[list-item]
-    with pytest.raises(UnsupportedError, match="clock_jump; add --service"):
-        make_cases(0, 1, ["clock_jump"], ["processes"])
     with pytest.raises(UnsupportedError, match="found clouds"):
         make_cases(0, 1, services=["clouds"])  # type: ignore[list-item]
 
@@ -147,6 +151,21 @@ def test_sealed_messages_are_told_apart(subject: Subject) -> None:
     assert plain == sealed
 
 
+def test_a_status_that_has_counted_much_is_told_from_a_token() -> None:
+    """Under keys by their lengths; what is counted lengthens a Status."""
+    board = StatusBoard("decode", "ab" * 16, ["balanced"])
+    gauges = dict.fromkeys(("requests_running", "blocks_free", *"abcdefg"), 1.0)
+    board.counters.update(dict.fromkeys(("steps", "tokens", "leases_expired", "failed.LinkError"), 1))
+    refused = Counter(dict.fromkeys(("untrusted_key", "handshake", "malformed", "digest", "sequence", "epoch"), 1))
+    status = board.report(1, refused, gauges)
+    token = Token("a" * 26, 3, Choice(150, -1.25, []), logits=bytes(4 * VOCABULARY))
+    for message in (status, token):
+        names = SealedNames("decode")
+        assert names.name(False, [bytes(SEAL_BYTES + 1)]) == "sealed"
+        body = encode_message(message, 1 << 20)
+        assert names.name(False, [bytes(SEAL_BYTES + len(body))]) == type(message).__name__
+
+
 def test_a_killed_and_a_stopped_process(subject: Subject, references: References) -> None:
     """SIGKILL in the middle of a transfer, SIGSTOP for longer than a peer is waited for."""
     with ProcessCell(subject) as cell:
@@ -160,6 +179,22 @@ def test_a_killed_and_a_stopped_process(subject: Subject, references: References
     assert_survived(outcomes)
     assert all("failed" in o.states for o in outcomes)
     assert "restarts decode" in outcomes[1].noticed or "lost decode" in outcomes[1].noticed
+
+
+def test_the_clock_of_a_process_jumps(subject: Subject, references: References) -> None:
+    """By an hour in mid-transfer: the lease is over, the request fails, and the next one is served."""
+    with ProcessCell(subject) as cell:
+        jumps = [Fault("clock_jump", "decode", message, duration_s=3600.0) for message in ("Ticket", "Done")]
+        outcomes = inject(cell, references, jumps)
+    assert_survived(outcomes)
+    assert {"decode failed.TransferError", "decode leases_expired"} <= set(outcomes[0].noticed)
+    assert outcomes[1].states == ["done", "done"]
+
+
+def test_a_slow_machine_is_waited_for(subject: Subject) -> None:
+    assert subject.patient(7.0).request_timeout_s == 7.0 * subject.request_timeout_s
+    assert subject.patient(7.0).patient(2.0) == subject.patient(7.0)
+    assert 0 < measure_clean_s(subject) < 40 * subject.request_timeout_s
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -213,8 +248,13 @@ def test_the_command_records_and_goes_on(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [*command, "--faults", "3"])
     assert again.exit_code == 0, again.output
     assert len(read_outcomes(record, plan)) == 3
-    refused = CliRunner().invoke(app, [*command, "--faults", "4"])
-    assert isinstance(refused.exception, UnsupportedError)
+    more = CliRunner().invoke(app, [*command, "--faults", "4"])
+    assert more.exit_code == 0, more.output
+    longer = read_outcomes(record, Plan("tiny", 5, 4, ["duplicate"], ["threads"]))
+    assert {o.number for o in longer} == {0, 1, 2, 3}
+    for other in (["--faults", "3"], ["--faults", "4", "--kind", "drop"]):
+        refused = CliRunner().invoke(app, [*command, *other])
+        assert isinstance(refused.exception, UnsupportedError)
     record.write_text("{}\n")
     with pytest.raises(FormatError, match="line 1"):
         read_lines(record)

@@ -54,8 +54,8 @@ def die(running: Running) -> None:
     """Its sockets go without a word, as when the process is killed."""
     instance = running.instance
     if isinstance(instance, DecodeInstance):
-        instance._requests.clear()
-        instance._waiting.clear()
+        instance._rooms._given.clear()
+        instance._rooms.waiting.clear()
     running.close()
 
 

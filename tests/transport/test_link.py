@@ -252,20 +252,36 @@ def test_a_vanished_listener_is_an_error_of_the_peer(
         assert caught.value.reason == "vanished"
 
 
-def test_a_peer_that_does_not_read_is_given_up() -> None:
-    insecure, few = Security(insecure=True), LinkOptions(peer_timeout_s=1.0, max_messages=10)
-    made = Listener(ANY_PORT, Messages, insecure, few)
-    with made, Peer(made.endpoint, Messages, insecure, options=few) as p:
-        p.send(Hello("deaf"))
+def test_a_peer_that_does_not_read_is_given_up(start_child: Callable[[str], "subprocess.Popen[str]"]) -> None:
+    """By the number of messages that wait for it; heartbeats would take a minute."""
+    patient = LinkOptions(peer_timeout_s=120.0, max_messages=10)
+    with Listener(ANY_PORT, Messages, Security(insecure=True), patient) as made:
+        child = start_child(made.endpoint)
         (hello,) = poll_until(made, bool)
-        text = Hello("x" * 100_000)
+        child.send_signal(signal.SIGSTOP)
         events: list[Event] = []
         for _ in range(2000):
-            made.send(hello.peer, text)
+            made.send(hello.peer, Hello("x" * 100_000))
             events += made.poll(0)
             if events:
                 break
         assert events == [PeerLost(hello.peer)]
+
+
+def test_a_stranger_is_logged_and_counted_once_and_a_lost_peer_is_not_one(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal is told by libzmq, or by a connection that ends before it was made."""
+    with pytest.raises(LinkError, match="handshake"):
+        Peer(listener.endpoint, Messages, Security(insecure=True), options=FAST)
+    poll_until(listener, lambda _: bool(listener.refused))
+    with Peer(listener.endpoint, Messages, CLIENT, SERVER_KEY, FAST) as p:
+        p.send(Hello("known"))
+        poll_until(listener, bool)
+    for _ in range(20):
+        listener.poll(0.05)
+    assert listener.refused == {"handshake": 1}
+    assert [r.getMessage() for r in caplog.records if "refused" in r.getMessage()] == ["refused a peer: handshake"]
 
 
 def test_limits_are_checked() -> None:

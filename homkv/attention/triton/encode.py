@@ -24,7 +24,6 @@ from homkv.spec import PAGE_TOKENS, ChannelClass, PageLayout
 
 CHANNELS_PER_THREAD = 32  # of a row: 64 are fewer instructions but 12 warps per multiprocessor, not 16; 5 % slower
 MAX_VALUE_LANES = 8
-THREADS = 32  # of a program
 MAX_REGISTERS = 128
 OVERLAP_LANES = 4  # with more of them a thread has the registers, and the need, to work on two tokens
 WARPS_PER_PROCESSOR = 4  # of values, below which rows are spread over more lanes: latency counts, not throughput
@@ -34,9 +33,8 @@ WARPS_PER_PROCESSOR = 4  # of values, below which rows are spread over more lane
 def encode_kernel(
     KIn, VIn, Pages, Blocks, SlotOf, Status, k_stride_h, k_stride_t, v_stride_h, v_stride_t, count, heads, num_blocks,
     K: tl.constexpr, V: tl.constexpr, GAPS: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr,
-    USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
-    K_LANES: tl.constexpr, V_LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr,
-    SCATTER: tl.constexpr,
+    USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    K_LANES: tl.constexpr, V_LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Values first, as they take longest: a class of many pages per program; then keys, a few pages per program."""
     item = tl.program_id(0)
@@ -46,14 +44,13 @@ def encode_kernel(
             if item % len(V) == c:
                 encode_values(
                     VIn, v_stride_h, v_stride_t, Pages, Blocks, Status, item // len(V) * (THREADS // V_LANES), count,
-                    heads, num_blocks, V, c, PAGE_BYTES, C, V_LANES, OVERLAP, THREADS,
-                    SCATTER,
+                    heads, num_blocks, V, c, PAGE_BYTES, V_LANES, OVERLAP, THREADS, SCATTER,
                 )  # fmt: skip
     else:
         encode_keys(
             KIn, k_stride_h, k_stride_t, VIn, v_stride_h, v_stride_t, Pages, Blocks, SlotOf, Status,
             (item - v_items) * pages_at_once(THREADS // K_LANES), count, heads, num_blocks, K, GAPS, ORDER, CENTRE,
-            USED, PAGE_BYTES, D, DP, C, K_LANES, THREADS, SCATTER,
+            USED, PAGE_BYTES, D, DP, K_LANES, THREADS, SCATTER,
         )  # fmt: skip
 
 
@@ -62,10 +59,9 @@ class EncodeConfig:
     """What does not change the bytes: how rows are spread over threads."""
 
     key_lanes: int  # threads that share a row: 1, 2 or 4
-    value_lanes: int  # 1, 2, 4 or 8
-    channels: int  # that a thread loads at a time, a power of two that divides a quarter of the head
+    value_lanes: int  # a power of two that divides a quarter of the head
     overlap: bool  # rotate a token's values while the sums of the one before are waited for
-    threads: int = 32
+    threads: int = 32  # more in the interpreter only
     max_registers: int | None = 168
 
     def items(self, count: int, num_classes: int) -> int:
@@ -82,16 +78,21 @@ def lanes_for(of: tuple[ChannelClass, ...], most: int) -> int:
 
 def default_config(layout: PageLayout, count: int, device: torch.device) -> EncodeConfig:
     """The configuration for ``count`` pages."""
+    if is_interpreting():
+        return interpreted(layout)
     quarter = layout.head_dim // 4
-    channels = min(quarter & -quarter, 8)
+    channels = min(quarter & -quarter, MAX_VALUE_LANES)
     key_lanes, value_lanes = lanes_for(layout.k_classes, 4), lanes_for(layout.v_classes, channels)
-    if is_interpreting():  # it pays per operation: few wide tensors
-        return EncodeConfig(key_lanes, value_lanes, quarter & -quarter, overlap=False)
-    enough, spread = WARPS_PER_PROCESSOR * num_processors(device) * 32, value_lanes
-    while value_lanes < min(MAX_VALUE_LANES, channels) and count * value_lanes * len(layout.v_classes) < enough:
+    enough = WARPS_PER_PROCESSOR * num_processors(device) * 32
+    while value_lanes < channels and count * value_lanes * len(layout.v_classes) < enough:
         value_lanes *= 2
-    threads = THREADS if value_lanes == spread else 32
-    return EncodeConfig(key_lanes, value_lanes, channels, value_lanes > OVERLAP_LANES, threads, MAX_REGISTERS)
+    return EncodeConfig(key_lanes, value_lanes, value_lanes > OVERLAP_LANES, max_registers=MAX_REGISTERS)
+
+
+def interpreted(layout: PageLayout) -> EncodeConfig:
+    """The interpreter's time is a matter of operations, not of their size: many lanes and rows."""
+    quarter = layout.head_dim // 4
+    return EncodeConfig(4, quarter & -quarter, overlap=False, threads=512)
 
 
 def encode(
@@ -179,7 +180,6 @@ def constants(layout: PageLayout, order: tuple[int, ...], config: EncodeConfig) 
         "PAGE_BYTES": layout.page_bytes,
         "D": layout.head_dim,
         "DP": triton.next_power_of_2(layout.head_dim),
-        "C": config.channels,
         "K_LANES": config.key_lanes,
         "V_LANES": config.value_lanes,
         "OVERLAP": config.overlap,
@@ -207,8 +207,8 @@ def gaps(layout: PageLayout) -> tuple[tuple[int, int], ...]:
 @functools.lru_cache(maxsize=256)
 def slots_on_device(order: tuple[int, ...], device: torch.device) -> Tensor:
     """Channel -> slot, int32 on the device; made once."""
-    slots = torch.empty(len(order), dtype=torch.int32)
-    slots[list(order)] = torch.arange(len(order), dtype=torch.int32)
+    slots = torch.empty(len(order), dtype=torch.int32, device="cpu")
+    slots[list(order)] = torch.arange(len(order), dtype=torch.int32, device="cpu")
     return slots.to(device)
 
 

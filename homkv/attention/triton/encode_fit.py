@@ -1,8 +1,9 @@
 """Rows to codes and scales in registers: the arithmetic of docs/format.md in its order, so that every byte agrees.
 
-A **row** is one token's channels of a class. LANES threads share it, and each keeps its part as a tuple of tensors:
-channel ``(j * Q + q) * LANES + lane`` is element ``[row, lane, q]`` of tensor j. The format's sums halve a row from
-the top, so all but the last few additions are between registers of one thread, and no channel ever moves.
+A **row** is one token's channels of a class. LANES threads share it: channel ``j * LANES + lane`` is tensor j of a
+tuple of tensors ``[N]``, a number per thread. The format's sums halve a row from the top, so all but the last few
+additions are between registers of one thread, and no channel ever moves. What belongs to a row is the same in all its
+lanes.
 
 Kernels that use this must be launched with ``enable_fp_fusion=False``. Where one rounding instead of two gives the
 same number (a product with a power of two, or of few bits) the code says ``tl.fma``.
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import MAGIC, USE_PTX
+from homkv.attention.triton.threads import add_lanes, log2, max_lanes
 from homkv.quant import SMALLEST_SCALE, STEP
 
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
@@ -37,42 +39,20 @@ ROOT = tl.constexpr(_ROOT)
 QUOTIENT = tl.constexpr(_QUOTIENT)
 
 
-@triton.constexpr_function
-def log2(n):
-    """Exponent of a power of two."""
-    return n.bit_length() - 1
-
-
 # -- rotation ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def rotate_lanes(x, LANES: tl.constexpr):
-    """The butterflies whose partners would be other lanes: ``x`` holds every channel in each lane, ``[R, LANES, C]``
-    tensors, and each lane keeps its own results, ``[R, LANES, C / LANES]``."""
-    lane = tl.arange(0, LANES)[None, :, None]
-    out = ()
-    for j in tl.static_range(len(x)):
-        y = x[j]
-        for level in tl.static_range(log2(LANES)):
-            sign = 1.0 - 2.0 * ((lane >> level) & 1).to(tl.float32)
-            a, b = tl.split(y.reshape([y.shape[0], LANES, y.shape[2] // 2, 2]))
-            y = tl.fma(b, tl.broadcast_to(sign, b.shape), a)
-        out = out + (y,)
-    return out
-
-
-@triton.jit
-def rotate_within(y, LEVELS: tl.constexpr):
-    """Butterflies along the last dimension of ``y [R, LANES, Q]``."""
-    R: tl.constexpr = y.shape[0]
-    L: tl.constexpr = y.shape[1]
-    Q: tl.constexpr = y.shape[2]
-    for level in tl.static_range(LEVELS):
-        pair = y.reshape([R, L, Q // (2 << level), 2, 1 << level]).permute(0, 1, 2, 4, 3)
-        a, b = tl.split(pair)
-        y = tl.join(a + b, a - b).permute(0, 1, 2, 4, 3).reshape([R, L, Q])
-    return y
+def rotate_lanes(x, lane, LANES: tl.constexpr):
+    """The butterflies whose partners would be other lanes: ``x`` holds every channel in each lane, and each lane keeps
+    its own results, one of LANES."""
+    for level in tl.static_range(log2(LANES)):
+        sign = (1 - 2 * ((lane >> level) & 1)).to(tl.float32)
+        out = ()
+        for j in tl.static_range(len(x) // 2):
+            out = out + (tl.fma(x[2 * j + 1], sign, x[2 * j]),)
+        x = out
+    return x
 
 
 @triton.jit
@@ -85,21 +65,16 @@ def butterfly(x, HALF: tl.constexpr):
 
 
 @triton.jit
-def rotate(x, BLOCK: tl.constexpr):
-    """Orthonormal Hadamard transform of blocks of BLOCK channels, after :func:`rotate_lanes`."""
-    LANES: tl.constexpr = x[0].shape[1]
-    Q: tl.constexpr = x[0].shape[2]
-    WITHIN: tl.constexpr = min(Q, BLOCK // LANES)
-    inner = ()
-    for j in tl.static_range(len(x)):
-        inner = inner + (rotate_within(x[j], log2(WITHIN)),)
-    x = inner
-    for level in tl.static_range(log2(BLOCK // (LANES * WITHIN))):
+def rotate(x, lane, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """Orthonormal Hadamard transform of blocks of BLOCK channels, of which ``x`` holds every one in each lane."""
+    x = rotate_lanes(x, lane, LANES)
+    for level in tl.static_range(log2(BLOCK // LANES)):
         x = butterfly(x, 1 << level)
+    scale = tl.full(x[0].shape, BLOCK**-0.5, tl.float32)
     scaled = ()
     for j in tl.static_range(len(x)):
         # Adding zero costs nothing here and leaves no negative zero, whose sign would count.
-        scaled = scaled + (tl.fma(x[j], tl.full(x[j].shape, BLOCK**-0.5, tl.float32), 0.0),)
+        scaled = scaled + (tl.fma(x[j], scale, 0.0),)
     return scaled
 
 
@@ -116,36 +91,21 @@ def fold(x, HALF: tl.constexpr):
 
 
 @triton.jit
-def tree_sum(x):
-    """The format's sum of every row, ``[R]``: halves are added until one is left; a missing partner is zero."""
+def tree_sum(x, LANES: tl.constexpr):
+    """The format's sum of every row: halves are added until one is left; a missing partner is zero."""
     SIZE: tl.constexpr = triton.next_power_of_2(len(x))
     for level in tl.static_range(log2(SIZE)):
         x = fold(x, SIZE >> (level + 1))
-    return sum_tensor(x[0])
+    return add_lanes(x[0], LANES)
 
 
 @triton.jit
-def sum_tensor(y):
-    """Sum of ``y [R, LANES, Q]`` over channels in the format's order: q from the top bit down, then lanes."""
-    R: tl.constexpr = y.shape[0]
-    L: tl.constexpr = y.shape[1]
-    Q: tl.constexpr = y.shape[2]
-    for level in tl.static_range(log2(Q)):
-        a, b = tl.split(y.reshape([R, L, 2, Q >> (level + 1)]).permute(0, 1, 3, 2))
-        y = a + b
-    y = y.reshape([R, L])
-    for level in tl.static_range(log2(L)):
-        y = tl.sum(y.reshape([R, 2, L >> (level + 1)]), 1)
-    return y.reshape([R])
-
-
-@triton.jit
-def add_up(x):
+def add_up(x, LANES: tl.constexpr):
     """Sum of every row in any order, of numbers whose sums are exact."""
     total = x[0]
     for j in tl.static_range(1, len(x)):
         total += x[j]
-    return tl.sum(tl.sum(total, 2), 1)
+    return add_lanes(total, LANES)
 
 
 # -- fits ----------------------------------------------------------------------------------------------------------
@@ -185,13 +145,13 @@ def root(x):
 
 
 @triton.jit
-def first_scale(y, WIDTH: tl.constexpr, STEP_OF: tl.constexpr):
+def first_scale(y, WIDTH: tl.constexpr, LANES: tl.constexpr, STEP_OF: tl.constexpr):
     """The best scale for normally distributed rows: ``sqrt(sum(y y) / n) * step``."""
     squares = ()
     for j in tl.static_range(len(y)):
         squares = squares + (y[j] * y[j],)
     # The root of 2**-80 is as good as any smaller one: the scale is 2**-24.
-    mean = tl.maximum(tree_sum(squares) * (1.0 / WIDTH), 1.0 / (1 << 80), propagate_nan=tl.PropagateNan.ALL)
+    mean = tl.maximum(tree_sum(squares, LANES) * (1.0 / WIDTH), 1.0 / (1 << 80), propagate_nan=tl.PropagateNan.ALL)
     return at_least(root(mean) * STEP_OF)
 
 
@@ -217,8 +177,8 @@ def floor16(u):
 
 
 @triton.jit
-def count_ones(x):
-    """How many of a row's numbers, up to 511, are 1.0 and not 0.0: ``[R]`` float32.
+def count_ones(x, LANES: tl.constexpr):
+    """How many of a row's numbers, up to 511, are 1.0 and not 0.0, float32.
 
     Their bits are added as integers, three at a time: n ones are ``127 n`` modulo 512 in the top nine bits, and
     127 * 383 is 1 modulo 512.
@@ -226,28 +186,27 @@ def count_ones(x):
     total = x[0].to(tl.int32, bitcast=True)
     for j in tl.static_range(1, len(x)):
         total += x[j].to(tl.int32, bitcast=True)
-    total = tl.sum(tl.sum(total, 2), 1)
-    return (((total >> 23) * 383) & 511).to(tl.float32)
+    return (((add_lanes(total, LANES) >> 23) * 383) & 511).to(tl.float32)
 
 
 @triton.jit
-def fit2(y, WIDTH: tl.constexpr):
-    """2-bit codes of rows ``y``: odd integers ``lane / 32``, and the bits of their E5M3 scale ``[R]``, not yet checked.
+def fit2(y, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """2-bit codes of rows ``y``: odd integers ``lane / 32``, and the bits of their E5M3 scale, not yet checked.
 
     ``lane * y`` is 32 times ``|y|`` or the rounded ``|3 y|``; ``lane * lane`` is 1,024 or nine times that.
     """
-    s = first_scale(y, WIDTH, STEP_2)
+    s = first_scale(y, WIDTH, LANES, STEP_2)
     for _ in tl.static_range(2):
-        inverse = reciprocal(s)[:, None, None]
+        inverse = reciprocal(s)
         products = ()
         outers = ()
         for j in tl.static_range(len(y)):
             large = outer(y[j] * inverse)
             products = products + (tl.abs(tl.fma(large, y[j] + y[j], y[j])),)
             outers = outers + (large,)
-        s = at_least(quotient(tree_sum(products), count_ones(outers) * 256.0 + 32.0 * WIDTH))
+        s = at_least(quotient(tree_sum(products, LANES), count_ones(outers, LANES) * 256.0 + 32.0 * WIDTH))
     bits, scale = round_scale(s, 1 << 19)
-    inverse = reciprocal(scale)[:, None, None]
+    inverse = reciprocal(scale)
     odd = ()
     for j in tl.static_range(len(y)):
         size = tl.fma(outer(y[j] * inverse), 2.0, 1.0)
@@ -257,23 +216,23 @@ def fit2(y, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def fit4(y, WIDTH: tl.constexpr):
-    """4-bit codes of rows ``y``: odd integers ``lane / 8``, and the bits of their E5M3 scale ``[R]``, not yet checked.
+def fit4(y, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """4-bit codes of rows ``y``: odd integers ``lane / 8``, and the bits of their E5M3 scale, not yet checked.
 
     With ``f = floor(u / 16)`` a lane is ``16 (f + 1/2)``: sums of ``(f + 1/2) y`` and of ``f f + f``.
     """
-    s = first_scale(y, WIDTH, STEP_4)
+    s = first_scale(y, WIDTH, LANES, STEP_4)
     for _ in tl.static_range(2):
-        inverse = reciprocal(s)[:, None, None]
+        inverse = reciprocal(s)
         products = ()
         squares = ()
         for j in tl.static_range(len(y)):
             f = floor16(y[j] * inverse)
             products = products + (tl.fma(f, y[j], 0.5 * y[j]),)
             squares = squares + (tl.fma(f, f, f),)
-        s = at_least(quotient(tree_sum(products), add_up(squares) * 16.0 + 4.0 * WIDTH))
+        s = at_least(quotient(tree_sum(products, LANES), add_up(squares, LANES) * 16.0 + 4.0 * WIDTH))
     bits, scale = round_scale(s, 1 << 19)
-    inverse = reciprocal(scale)[:, None, None]
+    inverse = reciprocal(scale)
     odd = ()
     for j in tl.static_range(len(y)):
         odd = odd + (floor16(y[j] * inverse) * 2.0 + 1.0,)
@@ -281,8 +240,8 @@ def fit4(y, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def fit8(y):
-    """8-bit codes of rows ``y``: the lanes, and the bits of their E5M3 scale ``[R]``, not yet checked.
+def fit8(y, LANES: tl.constexpr):
+    """8-bit codes of rows ``y``: the lanes, and the bits of their E5M3 scale, not yet checked.
 
     The scale is rounded up, so that no code passes 127.
     """
@@ -290,9 +249,9 @@ def fit8(y):
     for j in tl.static_range(1, len(y)):
         largest = tl.maximum(largest, tl.abs(y[j]), propagate_nan=tl.PropagateNan.ALL)
     # As integers magnitudes keep their order, and a NaN is the largest of all.
-    largest = tl.max(tl.max(largest.to(tl.int32, bitcast=True), 2), 1).to(tl.float32, bitcast=True)
+    largest = max_lanes(largest.to(tl.int32, bitcast=True), LANES).to(tl.float32, bitcast=True)
     bits, scale = round_scale(at_least(largest * (1.0 / 127.0)), (1 << 20) - 1)
-    inverse = reciprocal(scale)[:, None, None]
+    inverse = reciprocal(scale)
     lanes = ()
     for j in tl.static_range(len(y)):
         lanes = lanes + ((y[j] * inverse + MAGIC) - MAGIC,)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.encode_fit import log2, rotate, rotate_lanes
+from homkv.attention.triton.encode_fit import rotate
 from homkv.attention.triton.encode_values import (
     KEY_MEAN,
     KEY_SCALE,
@@ -16,6 +16,17 @@ from homkv.attention.triton.encode_values import (
     one_byte,
     sign_bits,
 )
+from homkv.attention.triton.threads import (
+    bytes_of_stride,
+    load_floats,
+    load_own,
+    load_word,
+    or_lanes,
+    store_own,
+    to_floats,
+)
+
+WARP = tl.constexpr(32)  # threads that share a page's centre
 
 
 @triton.constexpr_function
@@ -30,54 +41,72 @@ def pages_at_once(rows):
     return max(rows // 16, 1)
 
 
-@triton.constexpr_function
-def is_needed(order, start, width, first, count):
-    """Whether slots ``start .. start + width`` take any of channels ``first .. first + count``."""
-    return any(first <= channel < first + count for channel in order[start : start + width])
+# -- centre --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_tokens(x, stride_t, d, inside, FIRST: tl.constexpr):
-    """Eight tokens from FIRST on, ``[8, DP]`` float32."""
-    t = FIRST + tl.arange(0, 8)[:, None]
-    return tl.load(x + (t.to(tl.int64) * stride_t + d), mask=inside, other=0.0).to(tl.float32)
+def add_each(a, b):
+    """Sums of two tuples."""
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (a[i] + b[i],)
+    return out
 
 
 @triton.jit
-def sum_tokens(k, stride_t, D: tl.constexpr, DP: tl.constexpr):
-    """Sum of a page's 64 tokens ``[DP]`` in the format's order: halves are added until one is left."""
-    d = tl.arange(0, DP)[None, :]
-    inside = d < D
-    even = load_tokens(k, stride_t, d, inside, 0) + load_tokens(k, stride_t, d, inside, 32)
-    even += load_tokens(k, stride_t, d, inside, 16) + load_tokens(k, stride_t, d, inside, 48)
-    odd = load_tokens(k, stride_t, d, inside, 8) + load_tokens(k, stride_t, d, inside, 40)
-    odd += load_tokens(k, stride_t, d, inside, 24) + load_tokens(k, stride_t, d, inside, 56)
-    y = even + odd
-    for level in tl.static_range(3):
-        y = tl.sum(y.reshape([2, 4 >> level, DP]), 0)
-    return y.reshape([DP])
+def sum_eight(k, stride, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """``k[0] + k[8] + .. + k[56]`` in the format's order, of COUNT channels each; ``k [N] int64``, ``stride`` bytes."""
+    x = ()
+    for i in tl.static_range(8):
+        x = x + (load_floats(k + stride * (8 * i), 0, COUNT, DTYPE),)
+    even = add_each(add_each(x[0], x[4]), add_each(x[2], x[6]))
+    odd = add_each(add_each(x[1], x[5]), add_each(x[3], x[7]))
+    return add_each(even, odd)
+
+
+@triton.jit
+def sum_tokens(k, stride, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """Sum of a page's 64 tokens in the format's order: halves are added until one is left. Otherwise as above."""
+    total = ()
+    for _ in tl.static_range(COUNT):
+        total = total + (tl.full(k.shape, -0.0, tl.float32),)  # what leaves every number, zeros too, as it is
+    for first in tl.range(2, num_stages=1):
+        quarters = ()
+        for i in tl.static_range(4):
+            quarters = quarters + (sum_eight(k + stride * (first + 2 * i), stride, COUNT, DTYPE),)
+        half = add_each(add_each(quarters[0], quarters[2]), add_each(quarters[1], quarters[3]))
+        total = add_each(total, half)
+    return total
 
 
 @triton.jit
 def encode_centre(
-    k, stride_t, SlotOf, page, USED: tl.constexpr, PAGE_BYTES: tl.constexpr, CENTRE: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr,
+    k, stride, SlotOf, page, live, USED: tl.constexpr, PAGE_BYTES: tl.constexpr, CENTRE: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Centre and padding of one page. Returns 1 where a mean is not finite in float16, else 0."""
-    d = tl.arange(0, DP)
-    mean = (sum_tokens(k, stride_t, D, DP) * (1.0 / 64.0)).to(tl.float16)
-    slot = tl.load(SlotOf + d, mask=d < D, other=0)
-    tl.store((page + CENTRE).to(tl.pointer_type(tl.float16), bitcast=True) + slot, mean, mask=d < D)
-    if PAGE_BYTES > USED:
-        i = tl.arange(0, 64)
-        tl.store(page + USED + i, tl.zeros([64], tl.uint8), mask=USED + i < PAGE_BYTES)
-    largest = tl.max(mean.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 0)
-    return (largest >= 0x7C00).to(tl.int32)
+    """Centre and padding of a page per warp; ``k page [N] int64``. Returns whether a mean is not finite in float16."""
+    lane = tl.arange(0, k.numel) % WARP
+    EACH: tl.constexpr = DP // WARP
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    d = lane * EACH
+    inside = d < D
+    d = tl.where(inside, d, 0)
+    total = sum_tokens(k + d * SIZE, stride, EACH, DTYPE)
+    largest = tl.zeros(lane.shape, tl.int32)
+    for i in tl.static_range(EACH):
+        mean = (total[i] * (1.0 / 64.0)).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        slot = load_word(SlotOf.to(tl.int64, bitcast=True) + (d + i).to(tl.int64) * 4)
+        store_own(page + CENTRE + slot * 2, (mean,), live & inside, 2)
+        largest = tl.maximum(largest, mean & 0x7FFF)
+    for start in tl.static_range(USED, PAGE_BYTES, 4 * WARP):
+        at = start + 4 * lane
+        store_own(page + at, (tl.zeros(lane.shape, tl.int32),), live & (at < PAGE_BYTES), 4)
+    return (tl.max(largest, 0) >= 0x7C00).to(tl.int32)
 
 
 @triton.jit
 def gaps_not_finite(v, stride_t, GAPS: tl.constexpr):
-    """1 if a value of the channels that no class stores is NaN or infinite, else 0."""
+    """1 if a value of the channels that no class stores is NaN or infinite, else 0; ``v`` points to a page's first."""
     largest = 0
     for i in tl.static_range(len(GAPS)):
         c = tl.arange(0, triton.next_power_of_2(GAPS[i][1]))[None, :]
@@ -91,65 +120,56 @@ def gaps_not_finite(v, stride_t, GAPS: tl.constexpr):
 # -- slots ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def split_channels(x):
-    """Channels of ``x [R, LANES, C]``, each ``[R, LANES]``, in order."""
-    C: tl.constexpr = x.shape[2]
-    parts = (x,)
-    for level in tl.static_range(log2(C)):
-        even = ()
-        odd = ()
-        for i in tl.static_range(len(parts)):
-            a, b = tl.split(parts[i].reshape([x.shape[0], x.shape[1], C >> (level + 1), 2]))
-            even = even + (a,)
-            odd = odd + (b,)
-        parts = even + odd
-    out = ()
-    for i in tl.static_range(C):
-        out = out + (parts[i].reshape([x.shape[0], x.shape[1]]),)
-    return out
+@triton.constexpr_function
+def is_needed(order, start, width, first, count):
+    """Whether slots ``start .. start + width`` take any of channels ``first .. first + count``."""
+    return any(first <= channel < first + count for channel in order[start : start + width])
 
 
-@triton.jit
-def join_channels(parts):
-    """Inverse of :func:`split_channels`."""
-    R: tl.constexpr = parts[0].shape[0]
-    LANES: tl.constexpr = parts[0].shape[1]
-    C: tl.constexpr = len(parts)
-    x = ()
-    for i in tl.static_range(C):
-        x = x + (parts[i].reshape([R, LANES, 1]),)
-    for level in tl.static_range(log2(C)):
-        out = ()
-        for i in tl.static_range(C >> (level + 1)):
-            out = out + (tl.join(x[i], x[i + (C >> (level + 1))]).reshape([R, LANES, 2 << level]),)
-        x = out
-    return x[0]
+@triton.constexpr_function
+def together(dtype, dim):
+    """Channels that one access takes: 16 bytes of them, or what divides the head."""
+    most = 16 * 8 // dtype.primitive_bitwidth
+    return min(most, dim & -dim)
 
 
 @triton.jit
 def load_slots(
-    token, START: tl.constexpr, WIDTH: tl.constexpr, ORDER: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """Slots START .. START + WIDTH of rows, in order: tensors ``[R, LANES, C]`` float32; ``token [R]`` points to a row.
+    token, START: tl.constexpr, WIDTH: tl.constexpr, ORDER: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Slots START .. START + WIDTH of rows, in order, in every lane, float32; ``token [N] int64``: address of a row.
 
     Which register holds a slot is known when this is compiled, so putting channels in order costs nothing.
     """
-    at = token[:, None, None] + tl.arange(0, C)[None, None, :]
-    at = tl.broadcast_to(at, [token.shape[0], LANES, C])
+    AT_ONCE: tl.constexpr = together(DTYPE, D)
     channels = ()
-    for first in tl.static_range(0, D, C):
-        if is_needed(ORDER, START, WIDTH, first, C):
-            channels = channels + split_channels(tl.load(at + first).to(tl.float32))
+    for first in tl.static_range(0, D, AT_ONCE):
+        if is_needed(ORDER, START, WIDTH, first, AT_ONCE):
+            channels = channels + load_floats(token, first, AT_ONCE, DTYPE)
         else:
-            channels = channels + (0,) * C
+            channels = channels + (0,) * AT_ONCE
     out = ()
-    for j in tl.static_range(WIDTH // C):
-        slots = ()
-        for i in tl.static_range(C):
-            slots = slots + (channels[ORDER[START + j * C + i]],)
-        out = out + (join_channels(slots),)
+    for slot in tl.static_range(START, START + WIDTH):
+        out = out + (channels[ORDER[slot]],)
+    return out
+
+
+@triton.constexpr_function
+def centre_words(width):
+    """Registers of a class's centre that are loaded together."""
+    return 4 if width % 8 == 0 else 2 if width % 4 == 0 else 1
+
+
+@triton.jit
+def without_centre(x, centre):
+    """``x`` less the centre of the same slots, which this program wrote; ``centre [N] int64``."""
+    WORDS: tl.constexpr = centre_words(len(x))
+    out = ()
+    for i in tl.static_range(len(x) // (2 * WORDS)):
+        words = load_own(centre + 4 * WORDS * i, centre != 0, WORDS, 4)
+        for w in tl.static_range(WORDS):
+            low, high = to_floats(words[w], tl.float16)
+            out = out + (x[2 * (WORDS * i + w)] - low, x[2 * (WORDS * i + w) + 1] - high)
     return out
 
 
@@ -157,93 +177,64 @@ def load_slots(
 
 
 @triton.jit
-def dwords(code, BITS: tl.constexpr):
-    """A lane's share of dwords of four neighbouring slots, from a fit's results ``[R, LANES, Q]``: ``[R, LANES, n]``.
-
-    Slot ``q * LANES + lane`` has byte ``slot % 4``; the lane's own shift is left to the end.
-    """
-    R: tl.constexpr = code.shape[0]
-    L: tl.constexpr = code.shape[1]
-    Q: tl.constexpr = code.shape[2]
-    if L == 1:
-        even, odd = tl.split(code.reshape([R, L, Q // 2, 2]))
-        c0, c2 = tl.split(even.reshape([R, L, Q // 4, 2]))
-        c1, c3 = tl.split(odd.reshape([R, L, Q // 4, 2]))
-        return four_bytes(c0, c1, c2, c3, BITS)
-    elif L == 2:
-        c0, c1 = tl.split(code.reshape([R, L, Q // 2, 2]))
-        return one_byte(c0, BITS) | (one_byte(c1, BITS) << 16)
-    else:
-        return one_byte(code, BITS)
-
-
-@triton.jit
-def zero_dwords(J: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, N: tl.constexpr):
-    """J tensors ``[R, LANES, N]`` of zeros."""
+def dwords(codes, BITS: tl.constexpr, LANES: tl.constexpr):
+    """A lane's share of the dwords of four neighbouring slots, from a fit's results; it is not yet at its byte."""
+    EACH: tl.constexpr = 4 // LANES
     out = ()
-    for _ in tl.static_range(J):
-        out = out + (tl.zeros([R, LANES, N], tl.int32),)
+    for i in tl.static_range(len(codes) // EACH):
+        if EACH == 4:
+            word = four_bytes(codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3], BITS)
+        elif EACH == 2:
+            word = one_byte(codes[2 * i], BITS) | (one_byte(codes[2 * i + 1], BITS) << 16)
+        else:
+            word = one_byte(codes[i], BITS)
+        out = out + (word,)
     return out
 
 
 @triton.jit
 def encode_rows(
-    token, centre, packed, START: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, ORDER: tl.constexpr,
-    D: tl.constexpr, LANES: tl.constexpr, C: tl.constexpr,
+    token, centre, packed, lane, K: tl.constexpr, I: tl.constexpr, ORDER: tl.constexpr, D: tl.constexpr,
+    LANES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Append the codes of one token per row to ``packed``: the next plane. Returns it and the bits of the scales."""
-    R: tl.constexpr = token.shape[0]
-    centre = centre[:, None, None] + tl.arange(0, C)[None, None, :]
-    centre = tl.broadcast_to(centre, [R, LANES, C])
-    slots = load_slots(token, START, WIDTH, ORDER, D, LANES, C)
-    x = ()
-    for j in tl.static_range(len(slots)):
-        x = x + (slots[j] - tl.load(centre + j * C).to(tl.float32),)
-    codes, bits, _ = fit(rotate(rotate_lanes(x, LANES), WIDTH & -WIDTH), WIDTH, BITS)
+    WIDTH: tl.constexpr = K[I][1]
+    BITS: tl.constexpr = K[I][2]
+    x = without_centre(load_slots(token, K[I][0], WIDTH, ORDER, D, DTYPE), centre)
+    codes, bits, _ = fit(rotate(x, lane, LANES, WIDTH & -WIDTH), WIDTH, BITS, LANES)
+    new = dwords(codes, BITS, LANES)
     out = ()
-    for j in tl.static_range(len(slots)):
-        out = out + ((packed[j] << (BITS % 8)) | dwords(codes[j], BITS),)
+    for i in tl.static_range(len(new)):
+        out = out + ((packed[i] << (BITS % 8)) | new[i],)
     return out, bits
 
 
 @triton.jit
-def store_dwords(page, packed, live, BITS: tl.constexpr):
-    """Finish dwords and store them at ``page [R]``: ``[slot / 4][8 * BITS tokens]``."""
-    R: tl.constexpr = packed[0].shape[0]
-    LANES: tl.constexpr = packed[0].shape[1]
-    N: tl.constexpr = packed[0].shape[2]
-    shift = 8 * tl.arange(0, LANES)[None, :, None]
-    at = page.to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + tl.arange(0, N)[None, :] * (8 * BITS)
-    mask = tl.broadcast_to(live[:, None], [R, N])
-    for j in tl.static_range(len(packed)):
-        tl.store(at + j * N * (8 * BITS), tl.sum(packed[j] << shift, 1) ^ sign_bits(BITS), mask=mask)
-
-
-@triton.jit
 def encode_key_class(
-    token, stride_t, page, live, K: tl.constexpr, I: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr,
-    D: tl.constexpr, LANES: tl.constexpr, C: tl.constexpr,
+    token, stride, page, lane, row, live, K: tl.constexpr, I: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr,
+    D: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of class I; ``token page live [R]``: rows are 16 tokens of R / 16 pages, or fewer of one.
+    """Codes and scales of class I; ``token page [N] int64``: rows are TOKENS tokens of some pages, ``row`` a page's.
 
     Returns the largest bits of a scale, uint32.
     """
-    START: tl.constexpr = K[I][0]
-    WIDTH: tl.constexpr = K[I][1]
     BITS: tl.constexpr = K[I][2]
-    R: tl.constexpr = token.shape[0]
-    TOKENS: tl.constexpr = tokens_at_once(R)
-    l = tl.arange(0, R) % TOKENS
-    centre = (page + (CENTRE + 2 * START)).to(tl.pointer_type(tl.float16), bitcast=True)
-    worst = tl.zeros([R], tl.uint32)
+    worst = tl.zeros(lane.shape, tl.uint32)
+    first = live & (lane == 0)
     for block in tl.range(8 * BITS // TOKENS, num_stages=1):
-        packed = zero_dwords(WIDTH // C, R, LANES, C // 4)
+        packed = ()
+        for _ in tl.static_range(K[I][1] // 4):
+            packed = packed + (tl.zeros(lane.shape, tl.int32),)
         for plane in tl.range(8 // BITS, num_stages=1):
             t = plane * (8 * BITS) + block * TOKENS
-            packed, bits = encode_rows(token + t * stride_t, centre, packed, START, WIDTH, BITS, ORDER, D, LANES, C)
+            centre = page + (CENTRE + 2 * K[I][0])
+            packed, bits = encode_rows(token + t * stride, centre, packed, lane, K, I, ORDER, D, LANES, DTYPE)
             worst = tl.maximum(worst, bits.to(tl.uint32, bitcast=True))
-            tl.store(page + K[I][4] + t + l, ((bits >> 20) - (103 << 3)).to(tl.uint8), mask=live)
-        store_dwords(page + K[I][3] + 4 * (block * TOKENS + l), packed, live, BITS)
+            store_own(page + K[I][4] + t + row, ((bits >> 20) - (103 << 3),), first, 1)
+        at = page + K[I][3] + 4 * (block * TOKENS + row)
+        for i in tl.static_range(len(packed)):
+            word = or_lanes(packed[i] << (8 * lane), LANES) ^ sign_bits(BITS)
+            store_own(at + i * (32 * BITS), (word,), first, 4)
     return worst
 
 
@@ -251,29 +242,37 @@ def encode_key_class(
 def encode_keys(
     KIn, stride_h, stride_t, VIn, v_stride_h, v_stride_t, Pages, Blocks, SlotOf, Status, first, count, heads,
     num_blocks, K: tl.constexpr, GAPS: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr, USED: tl.constexpr,
-    PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr,
-    THREADS: tl.constexpr, SCATTER: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, LANES: tl.constexpr, THREADS: tl.constexpr,
+    SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Everything of THREADS / LANES / 16 pages, or one, from ``first`` on but the values' codes."""
-    R: tl.constexpr = THREADS // LANES
-    TOKENS: tl.constexpr = tokens_at_once(R)
+    ROWS: tl.constexpr = THREADS // LANES
+    TOKENS: tl.constexpr = tokens_at_once(ROWS)
+    DTYPE: tl.constexpr = KIn.dtype.element_ty
+    thread = tl.arange(0, THREADS)
+    stride = bytes_of_stride(stride_t, DTYPE.primitive_bitwidth // 8)
+    stop = tl.minimum(first + pages_at_once(ROWS), count)
     wrong = 0
-    for i in range(first, tl.minimum(first + pages_at_once(R), count)):
-        page = locate_pages(Pages, Blocks, i, heads, num_blocks, SCATTER, PAGE_BYTES)
-        k = locate_tokens(KIn, i, heads, stride_h, stride_t)
-        wrong |= encode_centre(k, stride_t, SlotOf, page, USED, PAGE_BYTES, CENTRE, D, DP) * KEY_MEAN
-        if len(GAPS) > 0:
-            v = locate_tokens(VIn, i, heads, v_stride_h, v_stride_t)
+    for start in tl.range(first, stop, THREADS // WARP, num_stages=1):
+        i = start + thread // WARP
+        page = locate_pages(Pages, Blocks, tl.minimum(i, stop - 1), heads, num_blocks, SCATTER, PAGE_BYTES)
+        k = locate_tokens(KIn, tl.minimum(i, stop - 1), heads, stride_h, stride_t)
+        wrong |= encode_centre(k, stride, SlotOf, page, i < stop, USED, PAGE_BYTES, CENTRE, D, DP, DTYPE) * KEY_MEAN
+    if len(GAPS) > 0:
+        for i in tl.range(first, stop, num_stages=1):
+            v = VIn + tl.cast(i % heads, tl.int64) * v_stride_h + tl.cast(i // heads, tl.int64) * 64 * v_stride_t
             wrong |= gaps_not_finite(v, v_stride_t, GAPS) * NOT_FINITE
     tl.debug_barrier()  # the centre is read by other threads than wrote it
-    r = tl.arange(0, R)
-    i = first + r // TOKENS
+    row = thread // LANES
+    i = first + row // TOKENS
     live = i < count
     i = tl.minimum(i, count - 1)
     page = locate_pages(Pages, Blocks, i, heads, num_blocks, SCATTER, PAGE_BYTES)
-    token = locate_tokens(KIn, i, heads, stride_h, stride_t) + (r % TOKENS).to(tl.int64) * stride_t
+    token = locate_tokens(KIn, i, heads, stride_h, stride_t) + (row % TOKENS) * stride
     for c in tl.static_range(len(K)):
-        worst = encode_key_class(token, stride_t, page, live, K, c, ORDER, CENTRE, D, LANES, C)
+        worst = encode_key_class(
+            token, stride, page, thread % LANES, row % TOKENS, live, K, c, ORDER, CENTRE, D, LANES, TOKENS, DTYPE
+        )
         wrong |= is_too_large(worst).to(tl.int32) * KEY_SCALE
     if wrong != 0:
         tl.atomic_or(Status, wrong)

@@ -1,15 +1,23 @@
 """Encoding of values: tokens in order, each taking over part of its predecessor's error (docs/format.md).
 
 The tokens of a page must follow each other, so a warp works on the same token of many pages. Their bytes pass through
-memory: a byte collects its planes' codes as the tokens come, in the place of the four tokens and few channels that
+memory: a byte collects its planes' codes as the tokens come, in the place of the four tokens and some channels that
 its dword will hold, and is put in order at the end.
 """
 
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.encode_fit import fit2, fit4, fit8, rotate, rotate_lanes
+from homkv.attention.triton.encode_fit import fit2, fit4, fit8, rotate
 from homkv.attention.triton.lanes import MAGIC, USE_PTX
+from homkv.attention.triton.threads import (
+    bytes_of_stride,
+    load_floats,
+    load_own,
+    load_word,
+    prefetch_row,
+    store_own,
+)
 from homkv.quant import DIFFUSION
 
 CARRIED = tl.constexpr(DIFFUSION)
@@ -20,14 +28,14 @@ KEY_MEAN, KEY_SCALE, VALUE_SCALE, NOT_FINITE = tl.constexpr(1), tl.constexpr(2),
 
 @triton.constexpr_function
 def group_of(tensors):
-    """Bytes of one lane's channels that are stored together: 4, 2 or 1."""
+    """Bytes of one lane's channels that are stored as a word: 4, 2 or 1."""
     return 4 if tensors % 4 == 0 else 2 if tensors % 2 == 0 else 1
 
 
 @triton.constexpr_function
-def word_type(size):
-    """Integer type of so many bytes."""
-    return {1: tl.int8, 2: tl.int16, 4: tl.int32}[size]
+def words_of(tensors):
+    """Words of one lane that are stored together."""
+    return 4 if tensors % 16 == 0 else 2 if tensors % 8 == 0 else 1
 
 
 @triton.constexpr_function
@@ -80,184 +88,174 @@ def four_bytes(c0, c1, c2, c3, BITS: tl.constexpr):
 
 @triton.jit
 def is_too_large(bits):
-    """Whether a scale's bits, uint32, are those of one beyond 240, whose byte would pass 255, or of a NaN."""
+    """Whether any scale's bits, uint32, are those of one beyond 240, whose byte would pass 255, or of a NaN."""
     return tl.max((bits >> 20).to(tl.int32), 0) >= 256 + (103 << 3)
 
 
 @triton.jit
 def locate_pages(Pages, Blocks, i, heads, num_blocks, SCATTER: tl.constexpr, PAGE_BYTES: tl.constexpr):
-    """Pointers to pages ``i``: page ``i / heads`` of head ``i % heads``. A wrong block id stays inside the pool."""
+    """Addresses of pages ``i``: page ``i / heads`` of head ``i % heads``. A wrong block id stays inside the pool."""
     block = i // heads
     if SCATTER:
-        block = tl.minimum(tl.maximum(tl.load(Blocks + block), 0), num_blocks - 1)
-    return Pages + (tl.cast(block, tl.int64) * heads + i % heads) * PAGE_BYTES
+        found = load_word(Blocks.to(tl.int64, bitcast=True) + block.to(tl.int64) * 4)
+        block = tl.minimum(tl.maximum(found, 0), num_blocks - 1)
+    return Pages.to(tl.int64, bitcast=True) + (block.to(tl.int64) * heads + i % heads) * PAGE_BYTES
 
 
 @triton.jit
 def locate_tokens(X, i, heads, stride_h, stride_t):
-    """Pointers to the first token of pages ``i``, numbered as for :func:`locate_pages`."""
-    return X + (tl.cast(i % heads, tl.int64) * stride_h + tl.cast(i // heads, tl.int64) * 64 * stride_t)
+    """Addresses of the first token of pages ``i``, numbered as for :func:`locate_pages`."""
+    SIZE: tl.constexpr = X.dtype.element_ty.primitive_bitwidth // 8
+    offset = (i % heads).to(tl.int64) * stride_h + (i // heads).to(tl.int64) * 64 * stride_t
+    return X.to(tl.int64, bitcast=True) + offset * SIZE
 
 
 @triton.jit
-def load_row(token, J: tl.constexpr, LANES: tl.constexpr, C: tl.constexpr):
-    """A row's channels, all of them in every lane: J tensors ``[R, LANES, C]`` float32; ``token [R]`` points to it."""
-    at = token[:, None, None] + tl.arange(0, C)[None, None, :]
-    at = tl.broadcast_to(at, [token.shape[0], LANES, C])
-    x = ()
-    for j in tl.static_range(J):
-        x = x + (tl.load(at + j * C).to(tl.float32),)
-    return x
-
-
-@triton.jit
-def prefetch_rows(token, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Ask for WIDTH numbers at each of ``token [R]`` to be brought into the L2 cache, a line per lane."""
-    if USE_PTX:
-        SIZE: tl.constexpr = WIDTH * (token.dtype.element_ty.primitive_bitwidth // 8)
-        start = token.to(tl.pointer_type(tl.int8), bitcast=True)[:, None]
-        line = tl.arange(0, LANES)[None, :] * 128
-        for i in tl.static_range((SIZE + 128 * LANES - 1) // (128 * LANES)):
-            address = start + tl.minimum(line + i * 128 * LANES, SIZE - 1)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64, bitcast=True)],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-@triton.jit
-def fit(y, WIDTH: tl.constexpr, BITS: tl.constexpr):
-    """Codes of rows ``y`` as the fits give them, bits of the scales ``[R]``, and what a code is worth, ``[R]``."""
+def fit(y, WIDTH: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr):
+    """Codes of rows ``y`` as the fits give them, bits of the scales, and what a code is worth."""
     if BITS == 8:
-        codes, bits = fit8(y)
+        codes, bits = fit8(y, LANES)
         return codes, bits, bits.to(tl.float32, bitcast=True)
     elif BITS == 4:
-        codes, bits = fit4(y, WIDTH)
+        codes, bits = fit4(y, WIDTH, LANES)
         return codes, bits, bits.to(tl.float32, bitcast=True) * 8.0
     else:
-        codes, bits = fit2(y, WIDTH)
+        codes, bits = fit2(y, WIDTH, LANES)
         return codes, bits, bits.to(tl.float32, bitcast=True) * 32.0
 
 
 @triton.jit
-def collect(codes, at, live, more, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Add one token's codes to the bytes at ``at [R]``: shifted by what is there, unless the token is of plane 0."""
-    R: tl.constexpr = codes[0].shape[0]
-    L: tl.constexpr = codes[0].shape[1]
-    Q: tl.constexpr = codes[0].shape[2]
-    WORD: tl.constexpr = word_type(GROUP)
-    inner = (tl.arange(0, L)[:, None] * Q + tl.arange(0, Q)[None, :])[None, :, :]
-    at = at.to(tl.pointer_type(WORD), bitcast=True)[:, None, None] + inner
-    store = tl.broadcast_to(live[:, None, None], [R, L, Q])
-    for g in tl.static_range(len(codes) // GROUP):
+def words_from(codes, FIRST: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
+    """WORDS words of GROUP codes each, from tensor FIRST on."""
+    out = ()
+    for w in tl.static_range(WORDS):
         if GROUP == 4:
-            word = four_bytes(codes[g * 4], codes[g * 4 + 1], codes[g * 4 + 2], codes[g * 4 + 3], BITS)
+            out = out + (four_bytes(codes[FIRST + 4 * w], codes[FIRST + 4 * w + 1], codes[FIRST + 4 * w + 2],
+                                    codes[FIRST + 4 * w + 3], BITS),)  # fmt: skip
         elif GROUP == 2:
-            word = two_codes(codes[g * 2], codes[g * 2 + 1], BITS) & 0xFFFF
+            out = out + (two_codes(codes[FIRST], codes[FIRST + 1], BITS) & 0xFFFF,)
         else:
-            word = one_byte(codes[g], BITS)
-        place = at + g * 4 * (L * Q)
-        if BITS < 8:
-            old = tl.load(place, mask=more, other=0).to(tl.int32)
-            word = word + (old << BITS)
-        tl.store(place, word.to(WORD), mask=store)
+            out = out + (one_byte(codes[FIRST], BITS),)
+    return out
 
 
 @triton.jit
-def put_in_order(
-    codes, live, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, Q: tl.constexpr
-):
-    """From collected bytes ``[4 tokens][lane, q][GROUP channels]`` to a channel's four tokens in a dword, in place."""
-    R: tl.constexpr = codes.shape[0]
-    C: tl.constexpr = LANES * Q
-    SIZE: tl.constexpr = 4 * C * GROUP
-    h = tl.arange(0, LANES)[:, None]
-    q = tl.arange(0, Q)[None, :]
-    store = tl.broadcast_to(live[:, None, None], [R, LANES, Q])
-    for i in range(2 * BITS * WIDTH * 4 // SIZE):
-        at = codes + i * SIZE
-        source = at.to(tl.pointer_type(word_type(GROUP)), bitcast=True)[:, None, None] + (h * Q + q)[None, :, :]
-        target = at.to(tl.pointer_type(tl.int32), bitcast=True)[:, None, None] + (q * LANES + h)[None, :, :]
+def collect(codes, at, live, more, BITS: tl.constexpr, LANES: tl.constexpr):
+    """Add one token's codes to a lane's bytes at ``at [N]``: behind what is there, unless the token is of plane 0.
+
+    ``at``: of runs of 4 tokens x LANES lanes x one access, which follow each other.
+    """
+    GROUP: tl.constexpr = group_of(len(codes))
+    WORDS: tl.constexpr = words_of(len(codes))
+    for i in tl.static_range(len(codes) // (GROUP * WORDS)):
+        words = words_from(codes, i * GROUP * WORDS, GROUP, WORDS, BITS)
+        place = at + i * 4 * LANES * GROUP * WORDS
+        if BITS < 8:
+            old = load_own(place, more, WORDS, GROUP)
+            sums = ()
+            for w in tl.static_range(WORDS):
+                sums = sums + (words[w] + (old[w] << BITS),)
+            words = sums
+        store_own(place, words, live, GROUP)
+
+
+@triton.jit
+def byte_of_four(rows, W: tl.constexpr, J: tl.constexpr):
+    """Byte J of word W of four tokens, in one register."""
+    out = (rows[0][W] >> (8 * J)) & 0xFF
+    for token in tl.static_range(1, 4):
+        out = out | (((rows[token][W] >> (8 * J)) & 0xFF) << (8 * token))
+    return out
+
+
+@triton.jit
+def put_in_order(codes, lane, live, WIDTH: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr):
+    """From collected bytes ``[4 tokens][lane][channels]`` to a channel's four tokens in a dword, in place."""
+    GROUP: tl.constexpr = group_of(WIDTH // LANES)
+    WORDS: tl.constexpr = words_of(WIDTH // LANES)
+    ACCESS: tl.constexpr = GROUP * WORDS
+    for i in tl.range(2 * BITS * WIDTH // (LANES * ACCESS), num_stages=1):
+        run = codes + i * (4 * LANES * ACCESS)
         rows = ()
         for token in tl.static_range(4):
-            rows = rows + (tl.load(source + token * C).to(tl.int32),)
-        tl.debug_barrier()
-        for j in tl.static_range(GROUP):
-            word = (rows[0] >> (8 * j)) & 0xFF
-            for token in tl.static_range(1, 4):
-                word = word | (((rows[token] >> (8 * j)) & 0xFF) << (8 * token))
-            tl.store(target + j * C, word ^ sign_bits(BITS), mask=store)
+            rows = rows + (load_own(run + (token * LANES + lane) * ACCESS, live, WORDS, GROUP),)
+        tl.debug_barrier()  # all lanes have read what others overwrite
+        for w in tl.static_range(WORDS):
+            for j in tl.static_range(GROUP):
+                word = byte_of_four(rows, w, j) ^ sign_bits(BITS)
+                store_own(run + ((w * GROUP + j) * LANES + lane) * 4, (word,), live, 4)
 
 
 @triton.jit
-def load_rotated(token, WIDTH: tl.constexpr, LANES: tl.constexpr, C: tl.constexpr):
-    """One class of rows, rotated; ``token [R]`` points to the class's first channel."""
-    return rotate(rotate_lanes(load_row(token, WIDTH // C, LANES, C), LANES), WIDTH & -WIDTH)
+def load_rotated(address, lane, V: tl.constexpr, I: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr):
+    """Class I of rows, rotated; ``address [N] int64`` is of the row's first channel."""
+    x = load_floats(address, V[I][0], V[I][1], DTYPE)
+    return rotate(x, lane, LANES, V[I][1] & -V[I][1])
 
 
 @triton.jit
 def encode_value_class(
-    token, stride_t, page, live, V: tl.constexpr, I: tl.constexpr, LANES: tl.constexpr, C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    token, stride_t, page, lane, live, V: tl.constexpr, I: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of class I of R pages; ``token page live [R]``: first values, page, whether it is one.
+    """Codes and scales of class I of pages; ``token page [N] int64``: addresses of the first values and of the page.
 
     OVERLAP: rotate the next token while this one's sums are waited for, at the price of registers. Returns the largest
     bits of a scale, uint32.
     """
     WIDTH: tl.constexpr = V[I][1]
     BITS: tl.constexpr = V[I][2]
-    J: tl.constexpr = WIDTH // C
-    R: tl.constexpr = token.shape[0]
-    GROUP: tl.constexpr = group_of(J)
-    token += V[I][0]
+    J: tl.constexpr = WIDTH // LANES
+    ACCESS: tl.constexpr = group_of(J) * words_of(J)
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    stride = bytes_of_stride(stride_t, SIZE)
     codes_at = page + V[I][3]
-    scales_at = (page + V[I][4]).to(tl.pointer_type(tl.int32), bitcast=True)
     error = ()
     for _ in tl.static_range(J):
-        error = error + (tl.zeros([R, LANES, C // LANES], tl.float32),)
-    worst = tl.zeros([R], tl.uint32)
-    scales = tl.zeros([R], tl.int32)
+        error = error + (tl.zeros(lane.shape, tl.float32),)
+    worst = tl.zeros(lane.shape, tl.uint32)
+    scales = tl.zeros(lane.shape, tl.int32)
     x = error
     if OVERLAP:
-        x = load_rotated(token, WIDTH, LANES, C)
+        x = load_rotated(token, lane, V, I, LANES, DTYPE)
     for t in tl.range(64, num_stages=1):
-        prefetch_rows(token + tl.minimum(63 - t, AHEAD) * stride_t, LANES, WIDTH)
+        prefetch_row(token + tl.minimum(63 - t, AHEAD) * stride, lane, V[I][0] * SIZE, WIDTH * SIZE, LANES)
         if not OVERLAP:
-            x = load_rotated(token, WIDTH, LANES, C)
+            x = load_rotated(token, lane, V, I, LANES, DTYPE)
         y = ()
         for j in tl.static_range(J):
             y = y + (tl.fma(error[j], CARRIED, x[j]),)
-        token += tl.minimum(63 - t, 1) * stride_t
+        token += tl.minimum(63 - t, 1) * stride
         if OVERLAP:
-            x = load_rotated(token, WIDTH, LANES, C)
-        codes, bits, worth = fit(y, WIDTH, BITS)
+            x = load_rotated(token, lane, V, I, LANES, DTYPE)
+        codes, bits, worth = fit(y, WIDTH, BITS, LANES)
         error = ()
         for j in tl.static_range(J):
-            error = error + (tl.fma(codes[j], tl.broadcast_to(-worth[:, None, None], codes[j].shape), y[j]),)
+            error = error + (tl.fma(codes[j], -worth, y[j]),)
         worst = tl.maximum(worst, bits.to(tl.uint32, bitcast=True))
         scales = ((scales >> 8) & 0xFFFFFF) | (((bits >> 20) - (103 << 3)) << 24)
-        tl.store(scales_at + t // 4, scales, mask=live & (t % 4 == 3))
-        lane = t % (8 * BITS)
-        at = codes_at + (lane // 4 * (4 * WIDTH) + lane % 4 * (C * GROUP))
-        collect(codes, at, live, t >= 8 * BITS, WIDTH, BITS, GROUP)
-    tl.debug_barrier()
-    put_in_order(codes_at, live, WIDTH, BITS, GROUP, LANES, C // LANES)
+        store_own(page + V[I][4] + t // 4 * 4, (scales,), live & (lane == 0) & (t % 4 == 3), 4)
+        slot = t % (8 * BITS)
+        at = codes_at + (slot // 4 * (4 * WIDTH) + slot % 4 * (LANES * ACCESS)) + lane * ACCESS
+        collect(codes, at, live, live & (t >= 8 * BITS), BITS, LANES)
+    put_in_order(codes_at, lane, live, WIDTH, BITS, LANES)
     return worst
 
 
 @triton.jit
 def encode_values(
     VIn, stride_h, stride_t, Pages, Blocks, Status, first, count, heads, num_blocks, V: tl.constexpr, I: tl.constexpr,
-    PAGE_BYTES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr,
     SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Class I of the values of THREADS / LANES pages from ``first`` on."""
-    i = first + tl.arange(0, THREADS // LANES)
+    thread = tl.arange(0, THREADS)
+    i = first + thread // LANES
     live = i < count
     i = tl.minimum(i, count - 1)
     page = locate_pages(Pages, Blocks, i, heads, num_blocks, SCATTER, PAGE_BYTES)
     token = locate_tokens(VIn, i, heads, stride_h, stride_t)
-    worst = encode_value_class(token, stride_t, page, live, V, I, LANES, C, OVERLAP)
+    DTYPE: tl.constexpr = VIn.dtype.element_ty
+    worst = encode_value_class(token, stride_t, page, thread % LANES, live, V, I, LANES, OVERLAP, DTYPE)
     if is_too_large(worst):
         tl.atomic_or(Status, VALUE_SCALE)

@@ -207,12 +207,13 @@ def shuffle(mask):
 
 @triton.jit
 def across(x, MASK: tl.constexpr):
-    """``x`` (float32) of lane ``own ^ MASK``."""
+    """``x`` (float32 or int32) of lane ``own ^ MASK``."""
     if USE_PTX:
         asm: tl.constexpr = shuffle(MASK)
-        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        operands: tl.constexpr = "=f,f" if x.dtype == tl.float32 else "=r,r"
+        return tl.inline_asm_elementwise(asm, operands, [x], dtype=x.dtype, is_pure=True, pack=1)
     else:
-        return tl.gather(x, tl.arange(0, 32) ^ MASK, 0)
+        return tl.gather(x, tl.arange(0, x.numel) ^ MASK, 0)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from homkv.attention.triton.encode import (
     EncodeConfig,
     check_status_word,
     constants,
+    interpreted,
     lanes_for,
     options,
     slots_on_device,
@@ -24,51 +25,80 @@ from homkv.attention.triton.encode import (
 from homkv.attention.triton.encode_keys import encode_keys, pages_at_once
 from homkv.attention.triton.encode_values import NOT_FINITE, encode_values
 from homkv.attention.triton.runtime import is_interpreting
+from homkv.attention.triton.threads import load_own, store_own, vector_of
+from homkv.attention.triton.warp import load_number
 from homkv.attention.view import LayerView
 from homkv.errors import DTypeError, ShapeError
 from homkv.formats.rows import RowsCodec
 
 VALUE_LANES = 8  # few pages are due at a time: latency counts
 ALIGNMENT = tl.constexpr(16)  # bytes, of every tensor of a layer
+AT_ONCE = tl.constexpr(8)  # loads of a thread before their stores
 
 
 @triton.jit
-def move_down(x, stride_h, first, stop, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+def move_down(
+    x, stride_h, first, stop, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr
+):  # fmt: skip
     """Copy tokens 64 .. 127 of ``x`` over tokens 0 .. 63: WIDTH channels of heads ``first .. stop``."""
-    t = tl.arange(0, 16)[:, None]
-    c = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
-    for head in range(first, stop):
-        for part in range(0, 64, 16):
-            at = x + (tl.cast(head, tl.int64) * stride_h + ((part + t) * D + START + c))
-            tl.store(at, tl.load(at + 64 * D, mask=c < WIDTH), mask=c < WIDTH)
+    SIZE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+    WORDS: tl.constexpr = vector_of(WIDTH * SIZE // 4, START * SIZE)
+    EACH: tl.constexpr = WIDTH * SIZE // (4 * WORDS)  # accesses of a token
+    thread = tl.arange(0, THREADS)
+    for head in tl.range(first, stop, num_stages=1):
+        token = (x + (tl.cast(head, tl.int64) * stride_h + START)).to(tl.int64, bitcast=True)
+        for start in tl.range(0, 64 * EACH, AT_ONCE * THREADS, num_stages=1):
+            held = ()
+            for i in tl.static_range(AT_ONCE):
+                n = start + i * THREADS + thread
+                at = token + (n // EACH * (D * SIZE) + n % EACH * (4 * WORDS))
+                held = held + (load_own(at + 64 * D * SIZE, n < 64 * EACH, WORDS, 4),)
+            for i in tl.static_range(AT_ONCE):
+                n = start + i * THREADS + thread
+                at = token + (n // EACH * (D * SIZE) + n % EACH * (4 * WORDS))
+                store_own(at, held[i], n < 64 * EACH, 4)
+
+
+@triton.jit
+def bits_of(x):
+    """A tensor of 16- or 32-bit floats as int32."""
+    if x.dtype.primitive_bitwidth == 32:
+        return x.to(tl.int32, bitcast=True)
+    else:
+        return x.to(tl.int16, bitcast=True).to(tl.int32)
 
 
 @triton.jit
 def put_token(
-    x, stride_h, new, new_stride_h, Status, last, first, stop, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr
-):
+    x, stride_h, new, new_stride_h, Status, last, first, stop, D: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
     """Write WIDTH channels of the new token of heads ``first .. stop`` at index ``last`` of ``x``."""
-    c = tl.arange(0, triton.next_power_of_2(WIDTH))
-    for head in range(first, stop):
-        source = new + tl.cast(head, tl.int64) * new_stride_h + (START + c)
-        token = tl.load(source, mask=c < WIDTH, other=0.0).to(x.dtype.element_ty)
-        tl.store(x + (tl.cast(head, tl.int64) * stride_h + last * D + START + c), token, mask=c < WIDTH)
-        size = token.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        if tl.max(size, 0) >= 0x7F800000:
-            tl.atomic_or(Status, NOT_FINITE)
+    SIZE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+    largest = tl.zeros([THREADS], tl.int32)
+    for head in tl.range(first, stop, num_stages=1):
+        source = new + tl.cast(head, tl.int64) * new_stride_h
+        target = (x + (tl.cast(head, tl.int64) * stride_h + last * D)).to(tl.int64, bitcast=True)
+        for start in tl.static_range(START, START + WIDTH, THREADS):
+            c = start + tl.arange(0, THREADS)
+            token = load_number(source + tl.minimum(c, START + WIDTH - 1)).to(x.dtype.element_ty)
+            store_own(target + c * SIZE, (bits_of(token),), c < START + WIDTH, SIZE)
+            largest = tl.maximum(largest, token.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    if tl.max(largest, 0) >= 0x7F800000:
+        tl.atomic_or(Status, NOT_FINITE)
 
 
 @triton.jit
 def finish(
     x, stride_h, new, new_stride_h, Status, due, last, first, stop, D: tl.constexpr, START: tl.constexpr,
-    WIDTH: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr,
+    WIDTH: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What is left to do for some channels of heads ``first .. stop`` of a sequence, ``x`` its first exact token."""
     if due:
-        move_down(x + SINKS * D, stride_h, first, stop, D, START, WIDTH)
+        move_down(x + SINKS * D, stride_h, first, stop, D, START, WIDTH, THREADS)
         tl.debug_barrier()  # the new token overwrites what was moved by other threads
     if NEW:
-        put_token(x, stride_h, new, new_stride_h, Status, last, first, stop, D, START, WIDTH)
+        put_token(x, stride_h, new, new_stride_h, Status, last, first, stop, D, START, WIDTH, THREADS)
 
 
 @triton.jit
@@ -85,7 +115,7 @@ def window_kernel(
     KNew, VNew, k_stride_b, k_stride_h, v_stride_b, v_stride_h, Due, Pool, ExactK, ExactV, Table, PageTable, NumPages,
     ExactLen, Slots, SlotOf, Status, max_pages, num_blocks, num_slots,
     K: tl.constexpr, V: tl.constexpr, GAPS: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr,
-    USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
+    USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     K_LANES: tl.constexpr, V_LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr,
     HEADS: tl.constexpr, EXACT: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
@@ -118,11 +148,12 @@ def window_kernel(
                 if due:
                     encode_values(
                         exact_v + SINKS * D, STRIDE, D, pool, blocks, Status, first, HEADS, HEADS, num_blocks, V, c,
-                        PAGE_BYTES, C, V_LANES, OVERLAP, THREADS, True,
+                        PAGE_BYTES, V_LANES, OVERLAP, THREADS, True,
                     )  # fmt: skip
                     tl.debug_barrier()
                 finish(
-                    exact_v, STRIDE, v_new, v_stride_h, Status, due, last, first, stop, D, V[c][0], V[c][1], SINKS, NEW
+                    exact_v, STRIDE, v_new, v_stride_h, Status, due, last, first, stop, D, V[c][0], V[c][1], SINKS, NEW,
+                    THREADS,
                 )  # fmt: skip
     else:
         first = (item - V_ITEMS) * K_PAGES
@@ -130,14 +161,14 @@ def window_kernel(
         if due:
             encode_keys(
                 exact_k + SINKS * D, STRIDE, D, exact_v + SINKS * D, STRIDE, D, pool, blocks, SlotOf, Status, first,
-                HEADS, HEADS, num_blocks, K, GAPS, ORDER, CENTRE, USED, PAGE_BYTES, D, DP, C, K_LANES, THREADS, True,
+                HEADS, HEADS, num_blocks, K, GAPS, ORDER, CENTRE, USED, PAGE_BYTES, D, DP, K_LANES, THREADS, True,
             )  # fmt: skip
             tl.debug_barrier()
-        finish(exact_k, STRIDE, k_new, k_stride_h, Status, due, last, first, stop, D, 0, D, SINKS, NEW)
+        finish(exact_k, STRIDE, k_new, k_stride_h, Status, due, last, first, stop, D, 0, D, SINKS, NEW, THREADS)
         for i in tl.static_range(len(GAPS)):
             finish(
                 exact_v, STRIDE, v_new, v_stride_h, Status, due, last, first, stop, D, GAPS[i][0], GAPS[i][1], SINKS,
-                NEW,
+                NEW, THREADS,
             )  # fmt: skip
 
 
@@ -211,11 +242,10 @@ def _launch(
 @functools.lru_cache(maxsize=64)
 def window_config(codec: RowsCodec) -> EncodeConfig:
     """How the few pages of a window are spread over threads: many lanes per row of values."""
+    if is_interpreting():
+        return interpreted(codec.layout)
     quarter = codec.head_dim // 4
-    channels = quarter & -quarter
-    if not is_interpreting():
-        channels = min(channels, 8)
-    return EncodeConfig(lanes_for(codec.layout.k_classes, 4), min(VALUE_LANES, channels), channels, overlap=True)
+    return EncodeConfig(lanes_for(codec.layout.k_classes, 4), min(VALUE_LANES, quarter & -quarter), overlap=True)
 
 
 def _addresses(views: tuple[LayerView, ...]) -> Tensor:

@@ -1,7 +1,5 @@
 """Replays on this machine: two processes, a real model, a shaped link, the same requests for every format."""
 
-import itertools
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +11,7 @@ from pathlib import Path
 from homkv.errors import TransferError
 from homkv.serve.client import Answer, Client, Query
 from homkv.serve.spawn import LocalCluster
-from homkv.sim.record import RequestRecord, StepSample
+from homkv.sim.record import RequestRecord
 from homkv.sim.trace import Request
 
 LEAD_S = 0.1  # between the last preparation and the first arrival
@@ -176,60 +174,3 @@ class MemoryWatch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Lengths at which steps are timed: each alone, the middle one also by ``batch`` sequences that decode together."""
-
-    prompts: tuple[int, ...]
-    batch: int = 2
-    answer: int = 8
-    min_steps: int = 4
-    max_tokens: int = 160
-
-
-def time_steps(
-    clients: Clients, ids: Sequence[int], kv_cache_dtype: str, plan: StepPlan, timeout_s: float
-) -> list[StepSample]:
-    """Steps of a system at rest: prefill, pack, unpack, handoff by single requests, decode by one and by several."""
-    out: list[StepSample] = []
-
-    def sample(stage: str, batch: int, tokens: int, seconds: float) -> None:
-        out.append(StepSample(run_id="", stage=stage, batch=batch, tokens=tokens, seconds=seconds))  # type: ignore[arg-type]
-
-    for tokens in plan.prompts:
-        request = Request("0", 0.0, tokens, plan.answer)
-        single = replay(clients, [request], cut_prompts(ids, [request]), kv_cache_dtype, timeout_s=timeout_s)[0]
-        record, prefill = single.record(""), single.answer.prefill
-        assert prefill is not None
-        sample("prefill", 1, tokens, record.prefill_s)
-        sample("pack", 1, tokens, prefill.times.pack_busy_s)
-        sample("unpack", 1, tokens, record.unpack_s)
-        sample("handoff", 1, tokens, record.queue_s + record.wait_s)
-        sample("decode", 1, tokens, median_gap(single.answer.arrived_s))
-        if tokens == plan.prompts[len(plan.prompts) // 2]:
-            step_s = together(clients, ids, kv_cache_dtype, plan, record, timeout_s)
-            if step_s is not None:
-                sample("decode", plan.batch, tokens, step_s)
-    return out
-
-
-def together(
-    clients: Clients, ids: Sequence[int], kv_cache_dtype: str, plan: StepPlan, single: RequestRecord, timeout_s: float
-) -> float | None:
-    """Seconds per step while ``plan.batch`` sequences decode; None if they were not together for long enough."""
-    wait_s = (plan.batch - 1) * (single.prefill_s + single.transfer_s)
-    count = min(plan.max_tokens, plan.min_steps + 4 + round(1.5 * wait_s / max(single.tpot_s, 1e-3)))
-    requests = [Request(str(i), 0.0, single.prompt_tokens, count) for i in range(plan.batch)]
-    finished = replay(clients, requests, cut_prompts(ids, requests), kv_cache_dtype, timeout_s=timeout_s)
-    start_s, end_s = max(f.answer.arrived_s[0] for f in finished), min(f.answer.arrived_s[-1] for f in finished)
-    inside = [t for t in finished[0].answer.arrived_s if start_s <= t <= end_s]
-    if len(inside) <= plan.min_steps:
-        return None
-    return median_gap(inside)
-
-
-def median_gap(moments: Sequence[float]) -> float:
-    """Median time between neighbours: one disturbed step does not move it."""
-    return statistics.median(b - a for a, b in itertools.pairwise(moments))

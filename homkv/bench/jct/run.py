@@ -18,12 +18,11 @@ from homkv.bench.jct.replay import (
     Clients,
     MemoryWatch,
     Prompt,
-    StepPlan,
     cut_prompts,
     peak_kv_bytes,
     replay,
-    time_steps,
 )
+from homkv.bench.jct.steps import StepPlan, time_steps
 from homkv.errors import HomkvError, ShapeError
 from homkv.models import load_tokenizer
 from homkv.serve.engine import serving_codec

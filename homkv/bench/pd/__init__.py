@@ -2,6 +2,6 @@
 
 Read in this order: ``workload`` (who asks for what, when), ``messages`` (what coordinator and workers say), ``forms``
 (how a format's KV leaves a prompt and crosses), ``slots`` (where it lies while it decodes), ``batch`` (continuous
-batching), ``sockets`` and ``direct`` (two ways to move bytes), ``prefill`` ``decode`` ``worker`` (the processes),
-``pool`` (start and stop them), ``run`` (cells, budget, record), ``report`` (the table).
+batching), ``sockets`` ``direct`` ``nixl`` (three ways to move bytes), ``prefill`` ``decode`` ``worker`` (processes),
+``pool`` (start and stop them), ``probe`` (steps at rest), ``plan`` ``run`` (cells, budget, record).
 """

@@ -20,6 +20,7 @@ def capacity_rps(
     and decode take turns, so that p and d add up.
     """
     prompt, answer = lengths.mean
+    steps = [s for s in steps if not s.beside]
     prefill_s = fmean(s.seconds for s in steps if s.stage == "prefill")
     batch = max(s.batch for s in steps if s.stage == "decode")
     step_s = fmean(s.seconds for s in steps if s.stage == "decode" and s.batch == batch)

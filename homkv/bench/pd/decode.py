@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from homkv.bench.pd import direct
+from homkv.bench.pd import direct, nixl
 from homkv.bench.pd.batch import Batch
 from homkv.bench.pd.digest import DeviceDigest
 from homkv.bench.pd.forms import Form, make_form
@@ -33,7 +33,7 @@ from homkv.bench.pd.messages import (
 )
 from homkv.bench.pd.slots import make_slots
 from homkv.bench.pd.sockets import Incoming, accept
-from homkv.bench.pd.worker import Worker
+from homkv.bench.pd.worker import Worker, lane_of, num_lanes
 from homkv.errors import CapacityError, TransferError
 
 TIMED_STEPS = 6
@@ -46,7 +46,7 @@ class Sequence:
 
     ask: Reserve
     slot: int
-    payloads: dict[int, Tensor] = field(default_factory=dict)  # by layer; direct links: with their trailers
+    payloads: dict[int, Tensor] = field(default_factory=dict)  # by layer; between devices: with their trailers
     missing: dict[int, int] = field(default_factory=dict)  # layer -> bytes that have not come
     layers_left: int = 0
     first_token: int | None = None
@@ -83,7 +83,7 @@ class DecodeWorker(Worker):
         self._running: list[Sequence] = []
         self._lock = threading.Lock()
         self._incoming: list[Incoming] = []
-        self._direct: list[direct.DirectIncoming] = []
+        self._from_devices: list[direct.DirectIncoming | nixl.NixlIncoming] = []
         self._kept: dict[object, Prepared] = {}
         self._current: Prepared | None = None
         self._log: list[tuple[int, int, float]] = []
@@ -123,19 +123,21 @@ class DecodeWorker(Worker):
 
     def _connect(self) -> None:
         start = self.start
-        has_direct = start.store_port is not None
-        lanes = start.lanes + has_direct
-        sockets = accept(self._listener, start.token, start.num_prefill * lanes)
+        sockets = accept(self._listener, start.token, start.num_prefill * num_lanes(start))
         tcp = [s for (_, lane), s in sockets.items() if lane < start.lanes]
         self._incoming = [
             Incoming(tcp, start.chunk_bytes, self.device, self._place, self._count, self._finish, self.fail)
         ]
-        if has_direct:
+        take = (self.device, self._take_whole, self._finish, self.fail)
+        if start.store_port is not None:
             groups = direct.join(start, self.device)
             for rank in range(start.num_prefill):
-                lane, group = sockets[rank, start.lanes], groups[rank, start.rank]
-                link = direct.DirectIncoming(lane, group, rank, self.device, self._take_whole, self._finish, self.fail)
-                self._direct.append(link)
+                lane, group = sockets[rank, lane_of(start, "direct")], groups[rank, start.rank]
+                self._from_devices.append(direct.DirectIncoming(lane, group, rank, *take))
+        if start.use_nixl:
+            for rank in range(start.num_prefill):
+                lane = sockets[rank, lane_of(start, "nixl")]
+                self._from_devices.append(nixl.NixlIncoming(lane, f"to-{start.rank}-{rank}", *take))
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.say(Connected(name, self.model.num_parameters()))
 

@@ -5,13 +5,14 @@ from typing import Any, Literal
 import msgspec
 
 Role = Literal["prefill", "decode"]
+DEVICE_LINKS = ("direct", "nixl")  # no host in between: layers carry a digest that both devices take
 
 
 class Cell(msgspec.Struct, frozen=True):
     """What is measured in one go."""
 
     format: str
-    link: str  # "direct", "tcp", or the rate of a shaped TCP link in Gb/s
+    link: str  # "direct", "nixl", "tcp", or the rate of a shaped TCP link in Gb/s
     overlap: bool  # a layer leaves while the next is computed; else all leave behind the first token
     prefill: Literal["exact", "int8"]
     slots: int  # sequences that decode together
@@ -22,7 +23,12 @@ class Cell(msgspec.Struct, frozen=True):
     @property
     def link_gbps(self) -> float | None:
         """Rate of a shaped link; None for a link as fast as it is."""
-        return None if self.link in ("direct", "tcp") else float(self.link)
+        return None if self.link in (*DEVICE_LINKS, "tcp") else float(self.link)
+
+    @property
+    def kind(self) -> str:
+        """Which of a worker's links carries it: one of DEVICE_LINKS, or "tcp"."""
+        return self.link if self.link in DEVICE_LINKS else "tcp"
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -53,6 +59,7 @@ class Start(_Message, frozen=True):
     max_unsent_bytes: int
     store_port: int | None  # of the store that torch.distributed meets at; None: not used
     threads: int
+    use_nixl: bool
 
 
 class Connect(_Message, frozen=True):

@@ -7,8 +7,10 @@ from typing import Literal, cast, get_args
 import torch
 
 from homkv.bench.generate import MODELS
+from homkv.bench.pd import nixl
 from homkv.bench.pd.direct import has_backend
 from homkv.bench.pd.forms import make_form
+from homkv.bench.pd.messages import DEVICE_LINKS
 from homkv.bench.pd.workload import WORKLOADS, Lengths
 from homkv.errors import ShapeError, UnsupportedError
 
@@ -18,7 +20,7 @@ PrefillName = Literal["exact", "int8"]  # how prompts attend
 
 @dataclass(frozen=True)
 class PdOptions:
-    """What to measure. ``links``: "direct", "tcp", or rates in Gb/s. ``loads``: of the 16-bit baseline's capacity.
+    """What to measure. ``links``: "direct", "nixl", "tcp", or rates in Gb/s; ``loads``: of the baseline's capacity.
 
     Raises ShapeError or UnsupportedError for what cannot be measured.
     """
@@ -65,6 +67,8 @@ class PdOptions:
             check_device(device)
         if "direct" in self.links:
             self._check_direct()
+        if "nixl" in self.links and not nixl.is_available():
+            raise UnsupportedError("expected NIXL for the link nixl, found none; install it with: pip install nixl")
 
     def _check_numbers(self) -> None:
         for name in ("requests", "slots", "lanes", "chunk_mib", "budget_s", "cell_timeout_s", "threads"):
@@ -94,11 +98,11 @@ class PdOptions:
 def check_link(link: str) -> None:
     """Raise UnsupportedError unless a link is known or a positive rate."""
     try:
-        known = link in ("direct", "tcp") or 0 < float(link) < float("inf")
+        known = link in (*DEVICE_LINKS, "tcp") or 0 < float(link) < float("inf")
     except ValueError:
         known = False
     if not known:
-        raise UnsupportedError(f"expected direct, tcp or a rate in Gb/s as link, found {link!r}")
+        raise UnsupportedError(f"expected direct, nixl, tcp or a rate in Gb/s as link, found {link!r}")
 
 
 def check_device(name: str) -> None:

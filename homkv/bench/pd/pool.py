@@ -40,6 +40,7 @@ class PoolOptions:
     max_unsent_bytes: int = 6 << 30
     threads: int = 1
     use_direct: bool = False
+    use_nixl: bool = False
 
 
 def make_store(world: int) -> Any:
@@ -93,7 +94,7 @@ class Pool:
                 [rank],
                 Start(
                     role, rank, self.num_prefill, self.num_decode, device, options.model, token, options.lanes,
-                    options.chunk_bytes, options.max_unsent_bytes, port, options.threads,
+                    options.chunk_bytes, options.max_unsent_bytes, port, options.threads, options.use_nixl,
                 ),
             )  # fmt: skip
         hellos = self.gather(Hello, range(len(self._processes)), deadline_s)

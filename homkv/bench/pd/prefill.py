@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from homkv.attention.prefill import causal
-from homkv.bench.pd import direct
+from homkv.bench.pd import direct, nixl
 from homkv.bench.pd.digest import TRAILER_BYTES, DeviceDigest, padded
 from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import (
+    DEVICE_LINKS,
     Cell,
     Close,
     Closed,
@@ -28,14 +29,14 @@ from homkv.bench.pd.messages import (
     Step,
 )
 from homkv.bench.pd.sockets import LastWord, Layer, Outgoing, connect
-from homkv.bench.pd.worker import Worker
+from homkv.bench.pd.worker import Worker, lane_of, num_lanes
 from homkv.hf import AttendingCache
 from homkv.models.forward import forward_with_cache
 from homkv.seal import check_status
 from homkv.transport.shaper import LinkShaper
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-Link = Outgoing | direct.DirectOutgoing
+Link = Outgoing | direct.DirectOutgoing | nixl.NixlOutgoing
 
 
 class PromptCache(AttendingCache):
@@ -108,7 +109,7 @@ class PrefillWorker(Worker):
         super().__init__(start)
         self._orders: deque[Compute] = deque()
         self._tcp: list[Outgoing] = []
-        self._direct: list[direct.DirectOutgoing] = []
+        self._links: dict[str, list[Link]] = {}  # by kind, to every decode worker
         self._cell: Cell | None = None
         self._form: Form | None = None
         self._steps: dict[object, list[Step]] = {}
@@ -138,17 +139,21 @@ class PrefillWorker(Worker):
 
     def _connect(self, ports: list[int]) -> None:
         start = self.start
-        has_direct = start.store_port is not None
-        sockets = [
-            [connect(port, start.token, start.rank, i) for i in range(start.lanes + has_direct)] for port in ports
-        ]
+        sockets = [[connect(port, start.token, start.rank, i) for i in range(num_lanes(start))] for port in ports]
         self._tcp = [Outgoing(s[: start.lanes], start.chunk_bytes, self.device, self.fail) for s in sockets]
-        if has_direct:
+        self._links["tcp"] = list(self._tcp)
+        if start.store_port is not None:
             groups = direct.join(start, self.device)
-            for index, lanes in enumerate(sockets):
-                rank = start.num_prefill + index
-                group = groups[start.rank, rank]
-                self._direct.append(direct.DirectOutgoing(lanes[-1], group, rank, self.device, self.fail))
+            lanes = [s[lane_of(start, "direct")] for s in sockets]
+            self._links["direct"] = [
+                direct.DirectOutgoing(lane, groups[start.rank, rank], rank, self.device, self.fail)
+                for rank, lane in enumerate(lanes, start.num_prefill)
+            ]
+        if start.use_nixl:
+            self._links["nixl"] = [
+                nixl.NixlOutgoing(s[lane_of(start, "nixl")], f"from-{start.rank}-{i}", self.device, self.fail)
+                for i, s in enumerate(sockets)
+            ]
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.say(Connected(name, self.model.num_parameters()))
 
@@ -204,7 +209,7 @@ class PrefillWorker(Worker):
     def _compute(self, order: Compute) -> None:
         assert self._cell is not None
         prompt = Prompt(order, self.shape.num_layers, self._report)
-        link: Link = self._direct[order.target] if self._cell.link == "direct" else self._tcp[order.target]
+        link = self._links[self._cell.kind][order.target]
         token = self._forward(
             order.prompt_tokens, order.request, lambda layer, k, v: self._put(prompt, link, layer, k, v)
         )
@@ -229,15 +234,15 @@ class PrefillWorker(Worker):
         return int(logits[0, -1].argmax())
 
     def _pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
-        """A layer's message and how many of its bytes are payload; direct links also get a trailer."""
+        """A layer's message and how many of its bytes are payload; between devices it also gets a trailer."""
         assert self._cell is not None
         assert self._form is not None
         size = self._form.payload_bytes(k.shape[1])
-        is_direct = self._cell.link == "direct"
-        length = padded(size) + TRAILER_BYTES if is_direct else size
+        is_sealed = self._cell.kind in DEVICE_LINKS
+        length = padded(size) + TRAILER_BYTES if is_sealed else size
         message = torch.empty(length, dtype=torch.uint8, device=self.device)
         self._form.pack(k, v, message[:size], self._status)
-        if is_direct:
+        if is_sealed:
             self._digest.seal(message, size)
         return message, size
 

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+import msgspec
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,11 +24,13 @@ from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import Cell
 from homkv.bench.pd.options import BASE, PdOptions
 from homkv.bench.pd.pool import CellError, Pool, PoolOptions
+from homkv.bench.pd.probe import probe, probe_beside
 from homkv.bench.pd.workload import poisson
 from homkv.sim.record import Line, Run, RunInfo, StepSample, read_record, write_record
 from homkv.sim.trace import Request
 
 GIB = 2**30
+LINK_NAMES = {"direct": "device to device", "nixl": "NIXL", "tcp": "TCP, unshaped"}
 START_TIMEOUT_S = 180.0  # until workers have their model and their connections
 
 
@@ -43,7 +47,7 @@ class Point:
     @property
     def case(self) -> str:
         """What is the same for all formats that are compared."""
-        link = {"direct": "device to device", "tcp": "TCP, unshaped"}.get(self.cell.link, f"{self.cell.link} Gb/s")
+        link = LINK_NAMES.get(self.cell.link, f"{self.cell.link} Gb/s")
         at = f"{self.rate_rps:.2f} req/s" + (f" (load {self.load:g})" if self.load else "")
         budget = f", {self.cell.kv_budget_bytes / GIB:.3g} GiB of KV" if self.cell.kv_budget_bytes else ""
         return f"{self.workload}{budget}, {link}, {at}"
@@ -69,10 +73,12 @@ class PdBench:
 
     def __init__(self, options: PdOptions, console: Console, legs: Sequence[PdOptions] = ()) -> None:
         self.options, self.legs, self.console = options, legs or (options,), console
-        self.end_s = time.monotonic() + options.budget_s
+        self.start_s = time.monotonic()
+        self.end_s = self.start_s + options.budget_s
         self.shape = MODELS[options.model]
         self._pool: Pool | None = None
         self._steps: dict[object, list[StepSample]] = {}  # by Point.key
+        self._beside: dict[object, list[StepSample]] = {}  # by workload and format
         self._done: set[str] = set()
         self.skipped: list[str] = []
 
@@ -120,11 +126,8 @@ class PdBench:
         base = Point(workload, cell, 0.0, [], 0.0)
         if not self._try(base, lambda pool, deadline_s: self._probe(pool, base, deadline_s)):
             return []
-        devices, workers = (
-            (*leg.prefill_devices, *leg.decode_devices),
-            (len(leg.prefill_devices), len(leg.decode_devices)),
-        )
-        is_shared = len(set(devices)) < len(devices) and devices[0] != "cpu"
+        workers = (len(leg.prefill_devices), len(leg.decode_devices))
+        is_shared = len(set(self._devices)) < len(self._devices) and self._devices[0] != "cpu"
         capacity = capacity_rps(self._steps[base.key], lengths, cell, self._form(BASE), workers, is_shared)
         return [(load, load * capacity) for load in leg.loads]
 
@@ -144,23 +147,39 @@ class PdBench:
 
         def run(pool: Pool, deadline_s: float) -> None:
             self._probe(pool, point, deadline_s)
-            self._write(point, run_cell(pool, point.cell, point.requests, deadline_s, on_done), pool)
+            probed_s = time.monotonic()
+            outcome = run_cell(pool, point.cell, point.requests, deadline_s, on_done)
+            self._write(point, outcome, pool)
+            times = [life.finished.done_s - life.arrival_s for life in outcome.lives if life.finished]
+            self._log(
+                f"{point.run_id} at {point.rate_rps:.2f} req/s: JCT {fmean(times):.2f} s, at most {max(times):.2f}; "
+                f"prepared in {probed_s - start_s:.1f} s, ran {time.monotonic() - probed_s:.1f} s"
+            )
 
+        start_s = time.monotonic()
         if self._try(point, run):
             self._done.add(point.run_id)
+
+    def _skip(self, text: str) -> None:
+        self.skipped.append(text)
+        self._log(f"left out: {text}")
+
+    def _log(self, text: str) -> None:
+        """One line per event, for those who watch a log."""
+        self.console.print(f"{time.monotonic() - self.start_s:6.1f} s  {text}", highlight=False, markup=False)
 
     def _try(self, point: Point, work: Callable[[Pool, float], None]) -> bool:
         """Do something with the workers in the time of a cell; a failure is noted and costs the workers."""
         now_s = time.monotonic()
         if now_s >= self.end_s:
-            self.skipped.append(f"{point.run_id}: the time was used up")
+            self._skip(f"{point.run_id}: the time was used up")
             return False
         try:
             pool = self._pool or self._open(min(now_s + START_TIMEOUT_S, self.end_s))
             work(pool, min(time.monotonic() + self.options.cell_timeout_s, self.end_s))
         except CellError as error:
             self._close()
-            self.skipped.append(f"{point.run_id}: {error}")
+            self._skip(f"{point.run_id}: {error}")
             return False
         return True
 
@@ -169,8 +188,10 @@ class PdBench:
         options = PoolOptions(
             o.prefill_devices, o.decode_devices, o.model, lanes=o.lanes, chunk_bytes=int(o.chunk_mib * 2**20),
             threads=o.threads, use_direct=any("direct" in leg.links for leg in self.legs),
+            use_nixl=any("nixl" in leg.links for leg in self.legs),
         )  # fmt: skip
         self._pool = Pool(options, deadline_s)
+        self._log(f"workers started: {', '.join(self._pool.devices.values())}")
         return self._pool
 
     def _close(self) -> None:
@@ -179,21 +200,20 @@ class PdBench:
         self._pool = None
 
     def _probe(self, pool: Pool, point: Point, deadline_s: float) -> None:
-        """Two requests, one at a time, in a system at rest: what a request takes besides its steps. Once per format."""
+        """Steps at rest, once per format; where workers share a device, also beside one another."""
         if point.key in self._steps:
             return
-        samples = []
-        for tokens in sorted(set(point.cell.prompts)):
-            outcome = run_cell(pool, point.cell, [Request("0", 0.0, tokens, 2)], deadline_s)
-            record = outcome.records("", lambda _: 0)[0]
-            samples += [("unpack", tokens, record.unpack_s), ("handoff", tokens, record.queue_s + record.wait_s)]
-        steps = [StepSample(run_id="", stage=s, batch=1, tokens=n, seconds=t) for s, n, t in samples]  # type: ignore[arg-type]
-        for rank in (0, pool.num_prefill):  # one of each kind
-            for step in outcome.opened[rank].steps:
-                steps.append(
-                    StepSample(run_id="", stage=step.stage, batch=step.batch, tokens=step.tokens, seconds=step.seconds)
-                )
+        steps = probe(pool, point.cell, deadline_s)
+        if len(set(self._devices)) < len(self._devices):
+            place = (point.workload, point.cell.format)
+            if not point.cell.kv_budget_bytes:  # a budget may not hold two sequences
+                self._beside[place] = probe_beside(pool, point.cell, steps, deadline_s)
+            steps += self._beside.get(place, [])
         self._steps[point.key] = steps
+
+    @property
+    def _devices(self) -> tuple[str, ...]:
+        return (*self.options.prefill_devices, *self.options.decode_devices)
 
     def _write(self, point: Point, outcome: Outcome, pool: Pool) -> None:
         form = self._form(point.cell.format)
@@ -206,7 +226,7 @@ class PdBench:
 
 def with_run(step: StepSample, run_id: str) -> StepSample:
     """The sample under another run's name."""
-    return StepSample(run_id=run_id, stage=step.stage, batch=step.batch, tokens=step.tokens, seconds=step.seconds)
+    return msgspec.structs.replace(step, run_id=run_id)
 
 
 def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> RunInfo:
@@ -214,7 +234,7 @@ def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> 
     cell, decode = point.cell, [outcome.closed[rank] for rank in pool.decode_ranks]
     everyone = outcome.closed.values()
     digest_s, digest_bytes = sum(c.digest_s for c in everyone), sum(c.digest_bytes for c in everyone)
-    where = "XXH3-128 on both hosts" if cell.link != "direct" else "64-bit sums on both devices"
+    where = "XXH3-128 on both hosts" if cell.kind == "tcp" else "64-bit sums on both devices"
     extra = {
         "case": point.case,
         "variant": "" if cell.overlap else "(no overlap)",

@@ -1,5 +1,6 @@
 """A worker process: reads orders from standard input, writes answers to standard output, one JSON object per line."""
 
+import functools
 import os
 import queue
 import sys
@@ -19,6 +20,14 @@ from homkv.generate.loop import attention_of
 _decoder = msgspec.json.Decoder(ToWorker)
 SEED = 0  # of the weights: every worker has the same
 SWITCH_S = 2e-4  # threads that move bytes take the interpreter from the one that launches kernels within this time
+
+
+@functools.cache
+def answers() -> int:
+    """Where answers go: what standard output was. Libraries that print there reach standard error from now on."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    return kept
 
 
 class Worker(ABC):
@@ -42,7 +51,7 @@ class Worker(ABC):
 
     def say(self, message: Any) -> None:
         """Answer the coordinator. Threads may call it: a line is one write."""
-        os.write(1, msgspec.json.encode(message) + b"\n")
+        os.write(answers(), msgspec.json.encode(message) + b"\n")
 
     def serve(self) -> None:
         """Handle orders and events until the input ends."""
@@ -85,6 +94,16 @@ class Worker(ABC):
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
+def lane_of(start: Start, kind: str) -> int:
+    """Which connection of a pair a link between devices talks on, behind those that carry bytes."""
+    return start.lanes + (kind == "nixl" and start.store_port is not None)
+
+
+def num_lanes(start: Start) -> int:
+    """Connections per pair."""
+    return start.lanes + (start.store_port is not None) + start.use_nixl
+
+
 def listen(worker: Worker) -> None:
     """Put orders in the mailbox; None at the input's end."""
     try:
@@ -108,6 +127,7 @@ def make_worker(start: Start) -> Worker:
 
 def main() -> int:
     """Run a worker whose first line of input is Start. Exit code 2 behind an error that was reported."""
+    answers()
     sys.setswitchinterval(SWITCH_S)
     start = _decoder.decode(sys.stdin.buffer.readline())
     if not isinstance(start, Start):
@@ -118,13 +138,16 @@ def main() -> int:
         with attention_of(worker.model), fused_norms(worker.model), torch.no_grad():
             worker.serve()
     except (HomkvError, RuntimeError, OSError, ValueError) as error:
-        os.write(1, msgspec.json.encode(Failed(f"{type(error).__name__}: {error}"[:2000])) + b"\n")
+        os.write(answers(), msgspec.json.encode(Failed(f"{type(error).__name__}: {error}"[:2000])) + b"\n")
         raise
     return 0
 
 
 if __name__ == "__main__":
+    # As everyone else imports it, so that there is one module and one place for answers.
+    from homkv.bench.pd.worker import main as run_worker
+
     # Threads that wait on sockets would keep the interpreter; there is nothing left to clean up.
-    code = main()
+    code = run_worker()
     sys.stdout.flush()
     os._exit(code)

@@ -9,7 +9,7 @@ from homkv.eval.chaos.service import Service
 from homkv.testing.faults import Fault, Kind, combinations, random_plan
 
 SERVICES: tuple[Service, ...] = get_args(Service)
-OF_PROCESSES: tuple[Kind, ...] = ("kill", "stop", "restart")  # real ones suffer them where there are any
+OF_PROCESSES: tuple[Kind, ...] = ("kill", "stop", "restart", "clock_jump")  # real ones suffer them where there are any
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,14 @@ class Case:
 def make_cases(seed: int, count: int, kinds: Sequence[Kind] = (), services: Sequence[Service] = SERVICES) -> list[Case]:
     """``count`` faults that follow from ``seed``: every kind (of ``kinds``, if given) at every message, then again.
 
-    Kills, stops and restarts go to processes, if these are among the ``services``; the other kinds to the others, in
-    turns: every combination meets the first service before any meets the second. Raises UnsupportedError for words
-    that do not exist and for clock jumps in processes.
+    Kills, stops, restarts and clock jumps go to processes, if these are among the ``services``; the other kinds to the
+    others, in turns: every combination meets the first service before any meets the second. Raises UnsupportedError
+    for words that do not exist.
     """
     unknown = [name for name in services if name not in SERVICES]
     if unknown or not services:
         raise UnsupportedError(f"expected services of {', '.join(SERVICES)}, found {', '.join(unknown) or 'none'}")
     others = [service for service in services if service != "processes"]
-    if not others and not kinds:
-        kinds = [kind for kind in dict.fromkeys(kind for kind, _, _ in combinations()) if kind != "clock_jump"]
-    if not others and "clock_jump" in kinds:
-        raise UnsupportedError("expected kinds that processes can suffer, found clock_jump; add --service threads")
     plan, per_round = random_plan(seed, count, kinds), len(combinations(kinds))
     cases = []
     for number, fault in enumerate(plan):

@@ -1,11 +1,14 @@
 """Instances as `homkv serve` starts them: processes with keys, which signals stop and kill."""
 
 import signal
+import tempfile
+from pathlib import Path
 
-from homkv.errors import TransferError, UnsupportedError
+from homkv.errors import TransferError
 from homkv.eval.chaos.service import KV_CACHE_DTYPE, MAX_TOKENS, Cell, Subject
 from homkv.serve.query import Policy
-from homkv.serve.spawn import InstanceOptions, LocalCluster
+from homkv.serve.spawn import COMMAND, InstanceOptions, LocalCluster
+from homkv.testing.clock import ClockFile
 from homkv.testing.faults import Where
 
 NAMES: dict[Where, str] = {"prefill": "prefill-0", "decode": "decode-0"}
@@ -17,6 +20,8 @@ class ProcessCell(Cell):
     """Faults of processes are signals to them. The dispatcher and the faulty links are here."""
 
     def __init__(self, subject: Subject, policy: Policy = "fail") -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="homkv-chaos-")
+        self._clock = ClockFile(Path(self._folder.name) / "ahead")
         options = InstanceOptions(
             subject.source,
             (KV_CACHE_DTYPE,),
@@ -25,6 +30,7 @@ class ProcessCell(Cell):
             max_tokens=MAX_TOKENS,
             prefill={"prefix_bytes": 0, "chunk_tokens": 128, "drain_s": DRAIN_S},
             decode={"lease_s": subject.lease_s, "max_lease_s": subject.request_timeout_s, "drain_s": DRAIN_S},
+            entry={"decode": self._clock.command(COMMAND)},
         )
         self.cluster = LocalCluster(options)
         self.cluster.__enter__()
@@ -63,10 +69,12 @@ class ProcessCell(Cell):
         self._signal(where, signal.SIGCONT)
 
     def jump(self, seconds: float) -> None:
-        """Raise UnsupportedError: nobody sets another process's monotonic clock."""
-        raise UnsupportedError("expected a decode instance in a thread, found a process; its clock cannot jump")
+        """See Cell.jump: every clock of the process that Python reads."""
+        self._clock.jump(seconds)
 
     def close(self) -> None:
         """End everything."""
         super().close()
         self.cluster.close()
+        self._clock.close()
+        self._folder.cleanup()

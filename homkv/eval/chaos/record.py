@@ -28,6 +28,8 @@ class Outcome(msgspec.Struct, tag="fault", tag_field="record", omit_defaults=Tru
     leaked_blocks: int = 0
     free_s: float = 0.0  # from the last end until nothing was held
     recovery_s: float = 0.0  # from then until a clean request was answered
+    clean_s: float = 0.0  # that request alone
+    patience: float = 1.0  # see Subject: by which all limits of time were stretched
 
     @property
     def place(self) -> str:
@@ -48,6 +50,10 @@ class Plan(msgspec.Struct, frozen=True):
     faults: int
     kinds: list[Kind]  # empty: all
     services: list[Service]
+
+    def continues(self, other: "Plan") -> bool:
+        """Whether it begins with the faults of ``other``."""
+        return msgspec.structs.replace(other, faults=self.faults) == self and other.faults <= self.faults
 
 
 class Start(msgspec.Struct, tag="run", tag_field="record", frozen=True):
@@ -107,9 +113,9 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def read_outcomes(path: Path, plan: Plan) -> list[Outcome]:
-    """What a run of the same plan has done so far. Raises UnsupportedError for a record of another plan."""
+    """What a run of the same plan, or of its beginning, has done. Raises UnsupportedError for a record of another."""
     lines = read_lines(path)
-    other = next((line.plan for line in lines if isinstance(line, Start) and line.plan != plan), None)
+    other = next((line.plan for line in lines if isinstance(line, Start) and not plan.continues(line.plan)), None)
     if other is not None:
         raise UnsupportedError(f"expected a record of {plan} in {path}, found {other}; name another file with --json")
     return list({line.number: line for line in lines if isinstance(line, Outcome)}.values())

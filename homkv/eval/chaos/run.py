@@ -21,8 +21,11 @@ FREE_TIMEOUT_S = 10.0  # after its end, everything it held is free
 RECOVERY_TIMEOUT_S = 40.0  # and by then, a clean request is served
 HIT_TIMEOUT_S = 1.5  # for messages that come by the clock
 ERROR_LENGTH = 60  # what is kept of an error's text
+LONGEST_PROMPT = 300
+MORE_PATIENT = 1.5  # than the clean request that took longer than expected
+UNHURRIED = 40  # times the patience of what is harmed: nothing may end an undisturbed request
 NEIGHBOURS = (11, 22, 33)  # prompts that come again and again: their pages are shared
-PROMPT_TOKENS = (150, 200, 300)
+PROMPT_TOKENS = (150, 200, LONGEST_PROMPT)
 POLICIES: tuple[Policy, Policy] = ("fail", "recompute")
 Asked = list[tuple[Watched, int, int]]  # requests with their seeds and prompt lengths
 
@@ -30,6 +33,7 @@ Asked = list[tuple[Watched, int, int]]  # requests with their seeds and prompt l
 def run_case(cell: Cell, references: References, case: Case, policy: Policy) -> Outcome:
     """Inject one fault and judge what happens."""
     fault, number, outcome = case.fault, case.number, Outcome(case.number, case.service, case.fault, policy)
+    outcome.patience = cell.subject.patience
     link, operator = cell.links[fault.where], Operator(cell, fault)
     lengths = [PROMPT_TOKENS[number % 3], PROMPT_TOKENS[(number + 1) % 3]]
     seeds = [1000 + 10 * number, NEIGHBOURS[number % 3]]
@@ -44,7 +48,7 @@ def run_case(cell: Cell, references: References, case: Case, policy: Policy) -> 
         _cancel_midway(cell, victim, case, end_timeout_s)
     in_time = all(request.wait(end_timeout_s) for request in requests)
     if in_time and "Status" in fault.message:
-        _wait(lambda: not link.is_armed, HIT_TIMEOUT_S)
+        _wait(lambda: not link.is_armed, HIT_TIMEOUT_S * cell.subject.patience)
     outcome.passed_by = link.disarm()
     if not outcome.passed_by:
         operator.restore(end_timeout_s)
@@ -95,8 +99,10 @@ def _judge_recovery(cell: Cell, references: References, outcome: Outcome) -> Non
     while state != "done" and time.monotonic() - start_s < timeout_s:
         if not _wait(lambda: cell.is_connected, timeout_s / 2):
             continue
+        asked_s = time.monotonic()
         request = Watched(cell.dispatcher, make_query(seed, length))
         request.wait(2 * cell.request_timeout_s)
+        outcome.clean_s = round(time.monotonic() - asked_s, 3)
         broken = broken_promises(request, references, seed, length)
         outcome.broken += broken
         outcome.num_wrong += bool(set(broken) & set(WRONG))
@@ -104,6 +110,17 @@ def _judge_recovery(cell: Cell, references: References, outcome: Outcome) -> Non
     if state != "done":
         outcome.broken.append("serves again")
     outcome.recovery_s = round(time.monotonic() - start_s, 3)
+
+
+def measure_clean_s(subject: Subject) -> float:
+    """How long an undisturbed request takes on this machine as it is now."""
+    unhurried = replace(subject, patience=UNHURRIED * subject.patience)
+    with ThreadCell(unhurried, with_keys=True) as cell:
+        for _ in range(2):  # the first one warms up
+            start_s = time.monotonic()
+            watched = Watched(cell.dispatcher, make_query(NEIGHBOURS[0], LONGEST_PROMPT))
+            assert watched.wait(2 * cell.request_timeout_s), "expected an answer, found none"
+        return time.monotonic() - start_s
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -125,8 +142,8 @@ def make_cell(service: Service, subject: Subject, policy: Policy) -> Cell:
 class Workers:
     """One worker for each service and policy, each with a service of its own. Iterate over the outcomes.
 
-    A service that broke a promise is replaced, so that the next fault meets a sound one. Whoever stops to iterate ends
-    the run behind the faults that are under way.
+    A service that broke a promise is replaced, so that the next fault meets a sound one, and one that the machine has
+    become too slow for by a more patient one. Whoever stops to iterate ends the run behind the faults under way.
     """
 
     def __init__(self, cases: Iterable[Case], subject: Subject) -> None:
@@ -139,9 +156,10 @@ class Workers:
 
     def __iter__(self) -> Iterator[Outcome]:
         with ExitStack() as stack:
+            self._subject = self._subject.patient(measure_clean_s(self._subject))
             # Nothing harms this service, and a machine that is busy with the others must not either.
-            patient = replace(self._subject, patience=10 * self._subject.patience)
-            references = References(stack.enter_context(ThreadCell(patient, is_slow=False)))
+            unhurried = replace(self._subject, patience=UNHURRIED * self._subject.patience)
+            references = References(stack.enter_context(ThreadCell(unhurried, is_slow=False)))
             kinds = [(service, policy) for service in self._todo for policy in POLICIES]
             pool = stack.enter_context(ThreadPoolExecutor(len(kinds) or 1, thread_name_prefix="chaos"))
             stack.callback(self._stop.set)
@@ -162,14 +180,16 @@ class Workers:
 
     def _work(self, references: References, service: Service, policy: Policy) -> None:
         cell: Cell | None = None
+        subject = self._subject
         try:
             while (case := self._next(service)) is not None:
-                cell = cell or make_cell(service, self._subject, policy)
+                cell = cell or make_cell(service, subject, policy)
                 outcome = run_case(cell, references, case, policy)
                 with self._news:
                     self._done.append(outcome)
                     self._news.notify_all()
-                if outcome.broken:
+                if outcome.broken or outcome.clean_s > subject.patience:
+                    subject = subject.patient(MORE_PATIENT * outcome.clean_s)
                     cell.close()
                     cell = None
         finally:

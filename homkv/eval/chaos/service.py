@@ -36,7 +36,10 @@ TINY = "tiny"
 
 @dataclass(frozen=True)
 class Subject:
-    """What is served. ``source``: where a process loads it from; ``patience`` stretches every limit of time."""
+    """What is served. ``source``: where a process loads it from.
+
+    ``patience``: seconds in which an undisturbed request is answered; every limit of time is a multiple of it.
+    """
 
     loaded: LoadedModel
     source: str
@@ -60,12 +63,16 @@ class Subject:
         """Of the dispatcher; leases end then as well."""
         return 6.0 * self.patience
 
+    def patient(self, clean_s: float) -> "Subject":
+        """The same on a machine that takes ``clean_s`` for an undisturbed request; never less patient than now."""
+        return replace(self, patience=max(self.patience, clean_s))
+
 
 @contextmanager
 def open_subject(model: str) -> Iterator[Subject]:
     """The tiny model for "tiny", else what ``load_model`` finds."""
     if model != TINY:
-        yield Subject(load_model(model), model, patience=5.0, link_gbps=0.01)
+        yield Subject(load_model(model), model, link_gbps=0.01)
         return
     with TemporaryDirectory(prefix="homkv-tiny-") as folder:
         save_tiny_model(Path(folder))
@@ -179,7 +186,7 @@ class Cell(ABC):
 
     @abstractmethod
     def jump(self, seconds: float) -> None:
-        """The lease clock of the decode instance jumps."""
+        """The clock of the decode instance jumps: that of its leases, or of the whole process."""
 
     def fill_pool(self) -> Peer:
         """Reserve all room for somebody who sends nothing. Close what is returned, after :meth:`empty_pool`."""

@@ -11,14 +11,13 @@ from homkv.serve.lifecycle import Record
 from homkv.serve.messages import Choice
 
 
-def usage(record: Record, page_tokens: int) -> dict[str, Any]:
-    """Token counts. ``cached_tokens``: of the prompt, neither computed nor sent again."""
-    shared = max(record.num_cached_tokens, record.num_shared_pages * page_tokens)
+def usage(record: Record) -> dict[str, Any]:
+    """Token counts. ``cached_tokens``: of the prompt, restored by the prefill instance instead of computed."""
     return {
         "prompt_tokens": record.num_prompt_tokens,
         "completion_tokens": record.num_tokens,
         "total_tokens": record.num_prompt_tokens + record.num_tokens,
-        "prompt_tokens_details": {"cached_tokens": min(shared, record.num_prompt_tokens)},
+        "prompt_tokens_details": {"cached_tokens": record.num_cached_tokens},
     }
 
 

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from homkv.errors import HomkvError, ShapeError, UnsupportedError
-from homkv.formats import make_codec
 from homkv.serve.dispatch import Dispatcher
 from homkv.serve.gateway.answers import ChatShape, CompletionShape, Shape, usage
 from homkv.serve.gateway.generate import Piece, generate, submit
@@ -49,7 +48,6 @@ class Gateway:
     def __post_init__(self) -> None:
         self.backend = backend_of(self.tokenizer)
         self.kv_cache_dtype = self.settings.kv_cache_dtype[0]
-        self.page_tokens = make_codec(self.kv_cache_dtype, 64).page_tokens
         self.metrics.watch(self.dispatcher)
 
     def prompt_ids(self, ask: Ask) -> list[int]:
@@ -161,7 +159,7 @@ async def _answer(gateway: Gateway, ask: Ask, request: Request, shape: Shape) ->
         whole = await _unless_gone(_collect(pieces), request)
         record = whole[-1].record
         assert record is not None  # the last piece's
-        return JSONResponse(shape.whole(whole, usage(record, gateway.page_tokens)), headers=headers)
+        return JSONResponse(shape.whole(whole, usage(record)), headers=headers)
     first = await _unless_gone(_first(pieces), request)  # an error before the first token still has its status
     with_usage = ask.stream_options is not None and ask.stream_options.include_usage
     return _Stream(
@@ -213,7 +211,7 @@ async def _events(
             if piece.text or piece.finish_reason or shape.wants_logprobs:
                 yield {"data": shape.chunk(piece)}
         if with_usage and last.record is not None:
-            yield {"data": shape.usage_chunk(usage(last.record, gateway.page_tokens))}
+            yield {"data": shape.usage_chunk(usage(last.record))}
         yield {"data": "[DONE]"}
     except HomkvError as error:
         yield {"data": json.dumps(describe(error)[1])}

@@ -60,6 +60,16 @@ def test_every_length(length: int, device: torch.device) -> None:
     assert_accurate(run(q, view, codec, device), q, view, codec)
 
 
+@pytest.mark.parametrize("window", [128, 192, 256])
+def test_long_windows(window: int, device: torch.device) -> None:
+    """As full as a window gets, and just after it gave up a page."""
+    codec = make_codec(f"k4420v2222w{window}", 64)
+    view, q = make_view(codec, [window + 67, window + 68], HEADS), queries(2, 2, 64).half()
+    assert view.exact_len.tolist() == [window + 67, window + 4]
+    assert view.num_pages.tolist() == [0, 1]
+    assert_accurate(run(q, view, codec, device), q, view, codec)
+
+
 @pytest.mark.parametrize("kind", ["outliers", "constant", "zeros", "tiny"])
 @pytest.mark.parametrize("exact_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_extreme_values(exact_dtype: torch.dtype, kind: str, device: torch.device) -> None:

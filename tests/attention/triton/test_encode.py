@@ -54,10 +54,10 @@ def test_same_bytes_for_every_format_and_head_dim(
 @pytest.mark.parametrize(
     "config",
     [
-        EncodeConfig(key_lanes=1, value_lanes=1, channels=8, overlap=False),
-        EncodeConfig(key_lanes=2, value_lanes=2, channels=4, overlap=False),
-        EncodeConfig(key_lanes=4, value_lanes=4, channels=16, overlap=True),
-        EncodeConfig(key_lanes=1, value_lanes=8, channels=8, overlap=True, threads=64),
+        EncodeConfig(key_lanes=1, value_lanes=1, overlap=False),
+        EncodeConfig(key_lanes=2, value_lanes=2, overlap=False),
+        EncodeConfig(key_lanes=4, value_lanes=4, overlap=True),
+        EncodeConfig(key_lanes=1, value_lanes=8, overlap=True),
     ],
 )
 def test_threads_do_not_change_bytes(config: EncodeConfig, device: torch.device) -> None:
