@@ -207,8 +207,8 @@ def gaps(layout: PageLayout) -> tuple[tuple[int, int], ...]:
 @functools.lru_cache(maxsize=256)
 def slots_on_device(order: tuple[int, ...], device: torch.device) -> Tensor:
     """Channel -> slot, int32 on the device; made once."""
-    slots = torch.empty(len(order), dtype=torch.int32)
-    slots[list(order)] = torch.arange(len(order), dtype=torch.int32)
+    slots = torch.empty(len(order), dtype=torch.int32, device="cpu")
+    slots[list(order)] = torch.arange(len(order), dtype=torch.int32, device="cpu")
     return slots.to(device)
 
 
