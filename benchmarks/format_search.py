@@ -5,7 +5,9 @@
 A variant is ``kDIGITSvDIGITS[,key=value...]``: any number of digits per side (4: quarters, 8: eighths; 3 bits allowed).
 Keys: ``a`` error diffusion along V's tokens, ``ak`` the same for K, ``vs ks`` least number of classes of V and K (so
 that a run of equal digits has several scales), ``w`` shortest window, ``fit`` least-squares steps, ``fb`` 1: the
-errors of K's coarser classes are fed forward into the finer ones by the covariance of the prompt's queries.
+errors of K's coarser classes are fed forward into the finer ones by the covariance of the prompt's queries, ``vo`` 1:
+V's channels in falling order of their mean square over the first text's prefix (a calibration, for each head), ``c8``
+K's centre as int8: 1 with one fp16 scale per page, 4 with one per quarter.
 
 The model reads a prefix exactly (bfloat16 products), then 64 tokens at a time on dequantized pages: the same sinks,
 pages and window as decoding token by token. Queries and weights are not rounded to 8 bits, which changes nothing that
@@ -15,7 +17,7 @@ is measured here. Every variant sees the same texts; KL is the mean over all tok
 import argparse
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,10 @@ class Variant:
     def bits_per_element(self, head_dim: int, num_tokens: int) -> float:
         """Everything stored at ``num_tokens``: codes, scales, centre, sinks and window; pages padded to 64 bytes."""
         classes = [c for side in "kv" for c in self.classes(side, head_dim) if c[2]]
-        page = sum(PAGE * w * b // 8 + PAGE for _, w, b in classes) + 2 * head_dim
+        scales = int(self.get("c8", 0))
+        page = sum(PAGE * w * b // 8 + PAGE for _, w, b in classes) + (
+            head_dim + 2 * scales if scales else 2 * head_dim
+        )
         pages = max(num_tokens - SINKS - self.window, 0) // PAGE
         stored = pages * (-(-page // 64) * 64) + (num_tokens - pages * PAGE) * 4 * head_dim
         return 4 * stored / (head_dim * num_tokens)
@@ -124,8 +129,12 @@ def diffused(x: Tensor, bits: int, share: float, fit: int) -> Tensor:
     return torch.stack(out, -2)
 
 
-def restore_values(v: Tensor, variant: Variant) -> Tensor:
-    """``v [..., 64, D]`` through a page and back."""
+def restore_values(v: Tensor, variant: Variant, order: Tensor) -> Tensor:
+    """``v [..., G, N, 64, D]`` through a page and back; ``order [G, D]`` of a calibration, used if asked for."""
+    if variant.get("vo", 0):
+        index = order[:, None, None].expand(v.shape)
+        sorted_v = restore_values(v.gather(-1, index), replace(variant, options=variant.options | {"vo": 0}), order)
+        return torch.empty_like(v).scatter_(-1, index, sorted_v)
     out = torch.empty_like(v)
     for start, width, bits in variant.classes("v", v.shape[-1]):
         block = width & -width
@@ -135,10 +144,19 @@ def restore_values(v: Tensor, variant: Variant) -> Tensor:
     return out
 
 
+def restore_centre(centre: Tensor, scales: int) -> Tensor:
+    """``[..., 1, D]`` as fp16, or as int8 with ``scales`` fp16 scales."""
+    if not scales:
+        return centre.half().float()
+    parts = centre.unflatten(-1, (scales, -1))
+    scale = (parts.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-6).half().float()
+    return ((parts / scale).round().clamp(-127, 127) * scale).flatten(-2)
+
+
 def restore_keys(k: Tensor, order: Tensor, variant: Variant, w: Tensor) -> Tensor:
     """``k [L, B, G, N, 64, D]`` through a page and back; ``w [L, B, G, D, D]`` = E[q q^T] of the prompt."""
     x = k[..., order]
-    centre = x.mean(-2, keepdim=True).half().float()
+    centre = restore_centre(x.mean(-2, keepdim=True), int(variant.get("c8", 0)))
     residual = x - centre
     classes = variant.classes("k", k.shape[-1])
     feed = variant.get("fb", 0) > 0
@@ -172,8 +190,8 @@ class Tape:
         self.k, self.v, self.length, self.sealed = torch.zeros(grow), torch.zeros(grow), k.shape[3], SINKS
         self.k[..., : self.length, :], self.v[..., : self.length, :] = k, v
 
-    def seal(self, variant: Variant, order: Tensor, w: Tensor) -> None:
-        """Replace whatever has left the window."""
+    def seal(self, variant: Variant, order: Tensor, w: Tensor, v_order: Tensor) -> None:
+        """Replace whatever has left the window; ``v_order [L, G, D]``."""
         pages = max(self.length - self.sealed - variant.window, 0) // PAGE
         if not pages:
             return
@@ -183,7 +201,7 @@ class Tape:
             k, v = self.k[i : i + 1, ..., span, :], self.v[i : i + 1, ..., span, :]
             k = restore_keys(k.reshape(1, *shape[1:]), order, variant, w[i : i + 1])
             self.k[i, ..., span, :] = k.flatten(-3, -2)[0]
-            self.v[i, ..., span, :] = restore_values(v.reshape(1, *shape[1:]), variant).flatten(-3, -2)[0]
+            self.v[i, ..., span, :] = restore_values(v.reshape(1, *shape[1:]), variant, v_order[i]).flatten(-3, -2)[0]
         self.sealed = span.stop
 
 
@@ -223,11 +241,12 @@ class Texts:
 def run(loaded: LoadedModel, texts: Texts, variant: Variant | None) -> list[Tensor]:
     """Log probabilities ``[B, 64, V]`` of every chunk behind the prefix; None computes exactly."""
     order = torch.tensor(loaded.rope.channel_order())
+    v_order = texts.v[:, 0].square().mean(-2).argsort(-1, descending=True)
     tape = STATE["tape"] = Tape(texts.k, texts.v, texts.ids.shape[1] - texts.prefix)
     out = []
     for start in range(texts.prefix, texts.ids.shape[1], PAGE):
         if variant is not None:
-            tape.seal(variant, order, texts.w)
+            tape.seal(variant, order, texts.w, v_order)
         ids = texts.ids[:, start : start + PAGE]
         positions = torch.arange(start, start + PAGE)[None]
         logits = loaded.model(ids, position_ids=positions, use_cache=False).logits
