@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ LLAMA = {
     "torch_dtype": "bfloat16", "initializer_range": 0.02,
 }  # fmt: skip
 STOCK = ("auto", "fp8")
+BEGIN = time.perf_counter()
 GRAPHS = [1, 2, 4, 8, 12, 16, 20, 24, 32]
 
 
@@ -70,6 +72,7 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
         "model": folder, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
         "max_model_len": length, "max_num_seqs": GRAPHS[-1], "max_num_batched_tokens": length + GRAPHS[-1],
         "enable_chunked_prefill": False, "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0,
+        "kernel_config": {"enable_jit_warmup": False},  # kernels for sampling that nothing here asks for
     }  # fmt: skip
     import torch
 
@@ -111,13 +114,15 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     from vllm import SamplingParams
 
     room = fitting(llm, options, kv)
-    print(f"{kv}: {room} sequences of {options.prompt_tokens + options.new_tokens} tokens fit", flush=True)
+    say(f"{kv}: {room} sequences of {options.prompt_tokens + options.new_tokens} tokens fit")
+    say(f"{kv}: the engine is up")
     rng, vocab = random.Random(0), SHAPES[options.shape]["vocab_size"]
     tokens = [[rng.randrange(10, vocab) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)]
     prompts: Any = [{"prompt_token_ids": ids} for ids in tokens]
     greedy = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=True, detokenize=False)
     few = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     llm.generate(prompts[:2], few, use_tqdm=False)  # compiles kernels
+    say(f"{kv}: warm")
     start = time.perf_counter()
     outputs = llm.generate(prompts, greedy, use_tqdm=False)
     wall_s = time.perf_counter() - start
@@ -138,25 +143,33 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def apart(kv: str) -> dict[str, Any] | None:
-    """The record of an engine in a process of its own; None, after its output, if it failed."""
-    options = arguments()
+def say(text: str) -> None:
+    """A line of progress, with the seconds since this process began to measure."""
+    print(f"PROGRESS {time.perf_counter() - BEGIN:.0f} s {text}", flush=True)
+
+
+def apart(kv: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The record of an engine in a process of its own; None, after the end of its output, if it failed."""
     own = [sys.executable, __file__, *sys.argv[1:], "--one"]
     own = [x for i, x in enumerate(own) if x != "--kv" and own[i - 1] != "--kv"] + ["--kv", kv]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(own, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            code: int | str = process.wait(options.timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = f"none after {options.timeout_s:g} s"
-        log.seek(0)
-        lines = log.read().splitlines()
+    process = subprocess.Popen(own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    limit = threading.Timer(options.timeout_s, process.kill)
+    limit.start()
+    lines: list[str] = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if line.startswith("PROGRESS "):
+            print(line.removeprefix("PROGRESS "), end="", flush=True)
+    code = process.wait()
+    limit.cancel()
     for line in lines:
         if line.startswith("RECORD "):
             return dict(json.loads(line.removeprefix("RECORD ")))
-    print(f"==== {kv}: exit code {code}; its output:", *lines[-120:], sep="\n")
+    print(
+        f"==== {kv}: exit code {code}, limit {options.timeout_s:g} s; its output:", *lines[-120:], sep="\n", flush=True
+    )
     return None
 
 
@@ -167,7 +180,16 @@ def main() -> None:
         faulthandler.dump_traceback_later(max(options.timeout_s - 3, 1))  # if it hangs: where
         print("RECORD " + json.dumps(measure(options, options.kv[0])), flush=True)
         return
-    records = [record for kv in options.kv if (record := apart(kv))]
+    records = []
+    for kv in options.kv:
+        record = apart(kv, options)
+        if record is None:
+            continue
+        records.append(record)
+        print(json.dumps(record), flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
     table = Table(title=f"{options.prompts} prompts of {options.prompt_tokens} tokens, {options.new_tokens} new, "
                         f"{options.kv_gib:g} GiB of KV")  # fmt: skip
     for column in ("KV", "sequences that fit", "wall s", "new tokens/s", "last prompt after s", "median ms per token"):
@@ -176,9 +198,6 @@ def main() -> None:
         numbers = (f"{r[name]:.1f}" for name in ("wall_s", "tokens_per_s", "until_last_prompt_s", "tpot_median_ms"))
         table.add_row(r["kv"], str(r["fitting"]), *numbers)
     Console().print(table)
-    if options.out:
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
     if len(records) < len(options.kv):
         sys.exit(1)
 

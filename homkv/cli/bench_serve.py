@@ -1,6 +1,5 @@
 """``homkv bench serve``: load on a running service."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,6 +70,7 @@ def serve(
 def _run(options: "LoadOptions", json_file: Path | None, console: Console) -> "LoadResult":
     """Send it all under a progress bar; samples are written as they come, so that a broken run leaves them."""
     from homkv.bench.load import Load
+    from homkv.bench.rows import append_rows
 
     def on_end(_: "Stream") -> None:
         progress.advance(task)
@@ -78,14 +78,14 @@ def _run(options: "LoadOptions", json_file: Path | None, console: Console) -> "L
     def on_sample(sample: "Sample") -> None:
         if options.sample_s is not None:
             progress.update(task, description=_in_short(sample))
-            _append(json_file, {"kind": "serve-sample"} | asdict(sample))
+            append_rows([{"kind": "serve-sample"} | asdict(sample)], json_file)
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("streams {task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None if options.duration_s else options.num_requests)
         result = Load(options, on_end, on_sample).run()
     console.print(render(result))
-    _append(json_file, result.to_dict())
+    append_rows([result.to_dict()], json_file)
     return result
 
 
@@ -93,12 +93,6 @@ def _in_short(sample: "Sample") -> str:
     memory = sum(v for name, v in sample.values.items() if name.endswith("memory_bytes"))
     pages = sum(v for name, v in sample.values.items() if name.endswith("pages_in_use"))
     return f"· {memory / MIB:,.0f} MiB · {pages:,.0f} pages"
-
-
-def _append(file: Path | None, row: dict[str, object]) -> None:
-    if file is not None:
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
 
 
 def render(result: "LoadResult") -> Group:

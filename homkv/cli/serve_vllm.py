@@ -14,7 +14,7 @@ from rich.table import Table
 
 from homkv.errors import UnsupportedError
 from homkv.plan import BASE
-from homkv.spec import DEFAULT_FORMAT, PRESETS, RowsSpec
+from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, PRESETS, RowsSpec
 
 if TYPE_CHECKING:
     from homkv.vllm.blocks import BlockPlan
@@ -138,7 +138,7 @@ def _rows_format(name: str) -> RowsSpec:
             f"expected one format for all layers inside vLLM, whose blocks are equally large, found the per-layer plan "
             f"{name}; name a format, or serve the plan with --engine homkv"
         )
-    if base != name or (name in format_names() and name not in PRESETS):
+    if base != name or (name in format_names() and name not in ALL_PRESETS):
         raise UnsupportedError(
             f"expected a rows format ({', '.join(PRESETS)} or kABCDvEFGH) inside vLLM, found {name}; serve it with "
             "--engine homkv"

@@ -11,7 +11,7 @@ from msgspec import to_builtins
 from rich import box
 from rich.table import Table
 
-from homkv.eval.bootstrap import Estimate
+from homkv.bootstrap import Estimate
 from homkv.eval.record import CALIBRATION, Case, Record, Size, Speed
 from homkv.eval.sizes import LONG, WIDE
 from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from homkv.eval.bootstrap import Estimate, difference, estimate, resolved
+from homkv.bootstrap import Estimate, difference, estimate, resolved
 from homkv.eval.metrics import first_miss
 from homkv.eval.record import Case
 

@@ -15,8 +15,10 @@ class Rotation:
 
     def __init__(self, rope: RopeSpec) -> None:
         turning = rope.pairs() if rope.pairing != "none" else ()
-        self._first, self._second = (torch.tensor([pair[i] for pair in turning], dtype=torch.int64) for i in (0, 1))
-        self._frequency = torch.tensor(rope.inv_freq[: len(turning)], dtype=torch.float64)
+        self._first, self._second = (
+            torch.tensor([pair[i] for pair in turning], dtype=torch.int64, device="cpu") for i in (0, 1)
+        )
+        self._frequency = torch.tensor(rope.inv_freq[: len(turning)], dtype=torch.float64, device="cpu")
         packed = struct.pack(f"<{3 * len(turning)}d", *self._first, *self._second, *self._frequency)
         self.digest = xxhash.xxh32_hexdigest(packed)
 

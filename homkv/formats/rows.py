@@ -44,7 +44,8 @@ class RowsCodec(PageCodec):
         # Codes in another order are other codes: the wire must tell them apart.
         digest = xxhash.xxh32_hexdigest(struct.pack(f"<{len(order)}H", *order))
         self.layout_id = f"rows/{FORMAT_VERSION} {spec.name} D={head_dim} order={digest}"
-        self.order = torch.tensor(list(order), dtype=torch.int64)
+        # Kernels take its numbers as constants while a CUDA graph is captured, and vLLM's default device is a GPU.
+        self.order = torch.tensor(list(order), dtype=torch.int64, device="cpu")
 
     def encode(self, k: Tensor, v: Tensor, first_position: int = 0) -> Tensor:
         """Quantize and pack whole pages; see PageCodec.encode. Raises FormatError for unstorable values."""

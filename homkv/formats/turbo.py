@@ -57,8 +57,9 @@ class TurboCodec(RestoredCodec):
             raise UnsupportedError(f"expected a head_dim that 16 divides, found {head_dim}; use fp16")
         self.options, self.name = options, options.name
         self._block = head_dim & -head_dim
-        self._sign = torch.where(uniform_noise(options.seed, SIGN_STREAM, 0, 1, head_dim)[0] < 0.5, -1.0, 1.0)
-        upper = torch.tensor(NORMAL_LEVELS[options.bits], dtype=torch.float64)
+        noise = uniform_noise(options.seed, SIGN_STREAM, 0, 1, head_dim, torch.device("cpu"))[0]
+        self._sign = torch.where(noise < 0.5, -1.0, 1.0)
+        upper = torch.tensor(NORMAL_LEVELS[options.bits], dtype=torch.float64, device="cpu")
         self._level = torch.cat((-upper.flip(0), upper))
         self.record = PageRecord(
             [codes(f"{x}_code", PAGE_TOKENS, head_dim, options.bits) for x in "kv"]

@@ -1,11 +1,12 @@
 """Step times of a real machine, fitted to the microbenchmarks in its own record: never to its job completion times."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from homkv.errors import TraceError
 from homkv.sim.record import Run, Stage, StepSample
@@ -87,11 +88,16 @@ def fit(run: Run) -> FittedCosts:
     )
 
 
-def beside(run: Run) -> tuple[float, float]:
+def beside(run: Run, record: Iterable[Run] = ()) -> tuple[float, float]:
     """How many times longer a prompt takes beside decoding, and a decode step beside a prompt; 1 without samples.
 
-    Each is a measured time over what the fit of the times at rest gives for the same batch and tokens, at least 1.
+    Each is a measured time over what the fit of the times at rest gives for the same batch and tokens, at least 1. A
+    run without samples takes the means of the other runs of its ``record`` on the same devices.
     """
+    if not any(s.beside for s in run.steps):
+        others = [r for r in record if shares_devices(r, run) and any(s.beside for s in r.steps)]
+        known = [beside(r) for r in others] or [(1.0, 1.0)]
+        return fmean(p for p, _ in known), fmean(d for _, d in known)
     costs = fit(run)
     ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
     for s in run.steps:
@@ -106,6 +112,11 @@ def beside(run: Run) -> tuple[float, float]:
     return prefill, decode
 
 
+def shares_devices(a: Run, b: Run) -> bool:
+    """Whether two runs had the same machine, and the same devices of it."""
+    return a.info.machine == b.info.machine and a.info.options.get("devices") == b.info.options.get("devices")
+
+
 def handoff_s(run: Run) -> float:
     """Mean of a run's handoff samples; 0 without any."""
     samples = [s.seconds for s in run.steps if s.stage == "handoff"]
@@ -115,7 +126,7 @@ def handoff_s(run: Run) -> float:
 def non_negative_fit(samples: Sequence[StepSample], basis: Basis) -> tuple[float, ...]:
     """Coefficients of ``basis`` of least squared relative error, none negative; all zero without samples.
 
-    Terms that the samples cannot tell apart, or that would come out negative, are left out, the constant first.
+    Of terms that the samples cannot tell apart the first is left out, and what would come out negative.
     """
     width = len(basis(StepSample(run_id="", stage="pack", batch=1, tokens=1, seconds=0.0)))
     out = np.zeros(width)
@@ -126,8 +137,8 @@ def non_negative_fit(samples: Sequence[StepSample], basis: Basis) -> tuple[float
     terms = list(range(width))
     while terms:
         chosen = rows[:, terms]
-        if np.linalg.matrix_rank(chosen / np.abs(chosen).max(0).clip(1e-300), tol=1e-6) < len(terms):
-            del terms[0]
+        if rank_of(chosen) < len(terms):
+            del terms[next(i for i in range(len(terms)) if rank_of(np.delete(chosen, i, 1)) == rank_of(chosen))]
             continue
         solved, *_ = np.linalg.lstsq(chosen, np.ones(len(samples)), rcond=None)
         if solved.min() >= 0:
@@ -135,3 +146,8 @@ def non_negative_fit(samples: Sequence[StepSample], basis: Basis) -> tuple[float
             break
         terms.remove(terms[int(solved.argmin())])
     return tuple(float(x) for x in out)
+
+
+def rank_of(rows: NDArray[np.float64]) -> int:
+    """Columns that are independent of one another, each as large as the others."""
+    return int(np.linalg.matrix_rank(rows / np.abs(rows).max(0).clip(1e-300), tol=1e-6))

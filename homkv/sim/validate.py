@@ -68,10 +68,11 @@ def validate(path: Path, costs_of: CostsOf = fit) -> list[Validation]:
     be used.
     """
     groups: dict[str, list[Run]] = {}
-    for run in read_record(path).values():
+    record = list(read_record(path).values())
+    for run in record:
         name, _, turn = run.info.run_id.rpartition("/")
         groups.setdefault(name if name and turn.isdecimal() else run.info.run_id, []).append(run)
-    return [compared(name, runs, costs_of) for name, runs in groups.items()]
+    return [compared(name, runs, costs_of, record) for name, runs in groups.items()]
 
 
 def tables(gpu: str, model: str) -> CostsOf:
@@ -83,9 +84,9 @@ def tables(gpu: str, model: str) -> CostsOf:
     return lambda run: RooflineCosts(shape, make_format(run.info.kv_cache_dtype, shape.head_dim), machine, machine)
 
 
-def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit) -> Validation:
-    """Runs of one configuration, each simulated by itself, taken together."""
-    pairs = [pair for run in runs for pair in simulated(run, costs_of)]
+def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit, record: Sequence[Run] = ()) -> Validation:
+    """Runs of one configuration, each simulated by itself, taken together. ``record``: all runs beside them."""
+    pairs = [pair for run in runs for pair in simulated(run, costs_of, record)]
     measured_jct, simulated_jct = (np.array([r.jct_s for r in side]) for side in zip(*pairs, strict=True))
     measured_phases, simulated_phases = (
         {name: float(np.mean([getattr(r, name) for r in side])) for name in PHASES} for side in zip(*pairs, strict=True)
@@ -105,19 +106,24 @@ def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit) -> Valid
     )
 
 
-def simulated(run: Run, costs_of: CostsOf = fit) -> list[tuple[RequestRecord, RequestRecord]]:
+def simulated(
+    run: Run, costs_of: CostsOf = fit, record: Sequence[Run] = ()
+) -> list[tuple[RequestRecord, RequestRecord]]:
     """One run's requests at their recorded arrivals, as measured and as simulated. Raises TraceError for too few."""
     if len(run.requests) < MIN_REQUESTS:
         raise TraceError(f"run {run.info.run_id!r}: expected at least two requests, found {len(run.requests)}")
     real = sorted(run.requests, key=lambda r: r.arrival_s)
     requests = [Request(r.request_id, r.arrival_s, r.prompt_tokens, r.output_tokens) for r in real]
-    found = {r.request_id: r for r in simulate(system_of(run, costs_of(run)), requests).tally.records(run.info.run_id)}
+    found = {
+        r.request_id: r
+        for r in simulate(system_of(run, costs_of(run), record), requests).tally.records(run.info.run_id)
+    }
     return [(r, found[r.request_id]) for r in real]
 
 
-def system_of(run: Run, costs: Costs) -> System:
+def system_of(run: Run, costs: Costs, record: Sequence[Run] = ()) -> System:
     """The system that a record describes. What a request takes with all else idle (handoff) adds to the latency."""
-    info, (prefill_beside, decode_beside) = run.info, beside(run)
+    info, (prefill_beside, decode_beside) = run.info, beside(run, record)
     return System(
         costs=costs,
         num_prefill=info.num_prefill,

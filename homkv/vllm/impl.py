@@ -126,7 +126,7 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         n = len(step.places.at)
         if n:
             store.store_one(step.tables[:n], exact[:n], step.places, key[:n], value[:n], step.status)
-            view = store.view(step.tables[:n], exact[:n], store.halves(exact[:n], step.lengths[:n]))
+            view = store.view(step.tables[:n], exact[:n], store.halves(exact[:n], step.lengths[:n]), new=1)
             o, _ = api.attend(query[:n].unsqueeze(2), view, self.codec, self.scale)
             output[:n] = o.squeeze(2).to(output.dtype)
         for chunk, ring in zip(step.chunks, rings, strict=True):

@@ -18,7 +18,7 @@ class Lasting:
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._tables: Tensor | None = None
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
-        self._report = torch.zeros(1, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        self._report = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
         self._reported: torch.cuda.Event | None = None
 
     def keep(self, num_single: int, lengths: Tensor, tables: Tensor) -> tuple[Places, Tensor, Tensor]:

@@ -2,9 +2,10 @@
 
 Page j holds tokens ``[64 j, 64 j + 64)``. Unlike elsewhere in homkv the first 64 tokens, not 4, are sinks: so pages
 never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as soon as its last token is there.
-Attention nevertheless reads the newest 64 to 127 tokens exactly, from a ring of two halves: token t lies in half
-``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function of the position, so storing a token twice, as the
-decode side of a transfer does with the last prompt token, leaves the same bytes.
+Attention nevertheless reads the newest 64 to 127 stored tokens exactly, and beside them the token that it is computed
+for. They lie in a ring of two halves: token t in half ``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function
+of the position, so storing a token twice, as the decode side of a transfer does with the last prompt token, leaves the
+same bytes.
 
 A full half carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand
 for page j only while the tag names the page that the sequence's own page table points to. So a ring block that was
@@ -193,13 +194,15 @@ class LayerStore:
         ring = exact[:, 1:].long()
         return Halves(self.exact_k[ring], self.exact_v[ring], self.tags[ring], tokens)
 
-    def view(self, tables: Tensor, exact: Tensor, halves: Halves) -> LayerView:
+    def view(self, tables: Tensor, exact: Tensor, halves: Halves, new: int = 0) -> LayerView:
         """What attention reads: pages by reference, first tokens and window copied into one piece.
 
-        ``tables [B, num_pages]``, ``exact [B, 3]``. The last full half counts if its tag holds (see above).
+        ``tables [B, num_pages]``, ``exact [B, 3]``. The last full half counts if its tag holds (see above). ``new``: 1
+        if the newest of the tokens is the one that attends. It joins the window that was there before it, 64 exact
+        tokens or more, and a page is read as a page from the next token on, as in homkv's own cache.
         """
         tokens, rows = halves.tokens.long(), torch.arange(exact.shape[0], device=exact.device)
-        open_page = tokens // PAGE_TOKENS
+        open_page = (tokens - new).clamp(min=0) // PAGE_TOKENS
         full_page = (open_page - 1).clamp(min=0)
         ids = tables.gather(1, full_page.clamp(max=tables.shape[1] - 1).unsqueeze(1)).squeeze(1)
         tag = halves.tags[rows, half_of(full_page)]

@@ -77,7 +77,7 @@ def test_a_cell_that_fails_is_left_out_and_the_next_one_runs(tmp_path: Path) -> 
     )  # fmt: skip
     bench = PdBench(options, Console(quiet=True))
     runs = bench.run()
-    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/0/0.000233GiB"]
+    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/0.0/0.000233GiB"]
     assert len(bench.skipped) == 1
     assert "CapacityError" in bench.skipped[0]
     assert (runs[0].info.peak_kv_bytes or 0) <= 250_000

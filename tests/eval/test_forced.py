@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from homkv import cli
+from homkv.bootstrap import difference, estimate, resolved
 from homkv.errors import FormatError, ShapeError, UnsupportedError
-from homkv.eval.bootstrap import difference, estimate, resolved
 from homkv.eval.code import Problem
 from homkv.eval.encoding import HostEncodedRows, encoded_on_host
 from homkv.eval.exact import continue_greedily, run_exact

@@ -88,3 +88,9 @@ def test_factors_are_measured_over_fitted(round_costs: Any) -> None:
     slow = [msgspec.structs.replace(at_rest[1], seconds=0.3, beside=True), sample("decode", 100, 0.03)]
     slow[1] = msgspec.structs.replace(slow[1], beside=True)
     assert beside(Run(info, (), (*at_rest, *slow))) == pytest.approx((0.3 / 0.2, 0.03 / 0.012))
+
+    alone = Run(msgspec.structs.replace(info, run_id="alone"), (), tuple(at_rest))
+    elsewhere = Run(msgspec.structs.replace(info, machine="y"), (), tuple(at_rest))
+    measured = Run(info, (), (*at_rest, *slow))
+    assert beside(alone, [alone, measured]) == beside(measured)  # its neighbours' means, where it has none
+    assert beside(elsewhere, [elsewhere, measured]) == (1.0, 1.0)

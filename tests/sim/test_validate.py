@@ -97,6 +97,10 @@ def test_fits_are_never_negative_and_use_what_they_can_tell() -> None:
     assert non_negative_fit(exact, POLYNOMIAL) == pytest.approx((0.5, 1e-3, 1e-6))
     one = non_negative_fit([sample(1, 100, 0.2)], POLYNOMIAL)
     assert sum(a * b for a, b in zip(one, (1, 100, 100**2), strict=True)) == pytest.approx(0.2)
+    at_one_length = [sample(b, 1000, 0.5 + 1e-2 * b) for b in (1, 2, 4)]
+    constant, *rest = non_negative_fit(at_one_length, DECODE)  # B and B * context are one there, the constant is not
+    assert constant == pytest.approx(0.5)
+    assert rest[0] + 1000 * rest[1] == pytest.approx(1e-2)
     falling = non_negative_fit([sample(1, 100, 0.3), sample(1, 200, 0.2), sample(1, 400, 0.1)], POLYNOMIAL)
     assert min(falling) >= 0
     assert non_negative_fit([], DECODE) == (0.0, 0.0, 0.0)

@@ -103,10 +103,13 @@ class Batch:
             )
 
 
-def stands_for(codec: RowsCodec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What attention reads of stored tokens ``k v [T, G, D]``: ``[G, T, D]`` float64, pages between exact tokens."""
+def stands_for(codec: RowsCodec, k: Tensor, v: Tensor, new: int) -> tuple[Tensor, Tensor]:
+    """What attention reads of stored tokens ``k v [T, G, D]``: ``[G, T, D]`` float64, pages between exact tokens.
+
+    ``new``: tokens among them that have just joined the window.
+    """
     k, v = (x.transpose(0, 1) for x in (k, v))
-    window = max(k.shape[1] // PAGE_TOKENS - 1, 1) * PAGE_TOKENS
+    window = max((k.shape[1] - new) // PAGE_TOKENS - 1, 1) * PAGE_TOKENS
     if window == PAGE_TOKENS:
         return k.double(), v.double()
     dense = codec.dense(codec.encode(k[:, 64:window], v[:, 64:window]), torch.float64)
@@ -118,11 +121,11 @@ def by_definition(codec: RowsCodec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Float64 attention of the last ``q [n, H, D]`` of a sequence ``k v [T, G, D]``."""
     new, total = len(q), len(k)
     if new == 1:  # after the token was stored
-        keys, values = stands_for(codec, k, v)
+        keys, values = stands_for(codec, k, v, 1)
     elif new == total:
         keys, values = (x.transpose(0, 1).double() for x in (k, v))
     else:
-        old = stands_for(codec, k[:-new], v[:-new])
+        old = stands_for(codec, k[:-new], v[:-new], 0)
         keys, values = (torch.cat((o, x[-new:].transpose(0, 1)), 1) for o, x in zip(old, (k, v), strict=True))
     rows = q.double().transpose(0, 1).unflatten(0, (keys.shape[0], -1))
     scores = rows @ keys.unsqueeze(1).transpose(-1, -2) * DIM**-0.5
@@ -168,7 +171,7 @@ def run(config: Any, heads: tuple[int, int], lengths: list[tuple[int, int]]) -> 
     found = batch.step(list(range(len(lengths))), [total for total, _ in lengths], q, new_k, new_v)
     for (total, new), o, *qkv in zip(lengths, found.split([n for _, n in lengths]), q, k, v, strict=True):
         error = (o.double() - by_definition(codec, *qkv)).abs().max()
-        reads_pages = new < total and (total if new == 1 else total - new) >= 3 * PAGE_TOKENS
+        reads_pages = new < total and total - new >= 3 * PAGE_TOKENS
         assert error < (ROUNDED if reads_pages else EXACT), f"{new} of {total} tokens: off by {error:.2e}"
 
 

@@ -19,6 +19,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 4, "n
         ("per-layer:model=0,version=1,layers=k4420v2222*2", "per-layer plan"),
         ("plans/my-model.json", "per-layer plan"),
         ("k4420v2222w128", "k4420v2222w128"),
+        ("balanced-long", "k4420v2222w192"),
         ("hack", "found hack"),
         ("hack:prefill=int8", "found hack:prefill=int8"),
         ("fp8", "found fp8"),

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from homkv.attention import api, reference
+from homkv.cache import PagedCache
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS, RowsSpec
@@ -49,9 +50,9 @@ class OneSequence:
         self.length += 1
         self.store.store_one(self.tables, self.exact, Places.of(torch.tensor([self.length])), k, v)
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, new: int = 0) -> Tensor:
         halves = self.store.halves(self.exact, torch.tensor([self.length]))
-        view = self.store.view(self.tables, self.exact, halves)
+        view = self.store.view(self.tables, self.exact, halves, new)
         assert int(view.num_pages) * PAGE_TOKENS + int(view.exact_len) == self.length
         return api.attend(q, view, self.store.codec, DIM**-0.5)[0]
 
@@ -121,6 +122,24 @@ def test_pages_are_those_of_homkv_with_64_sinks() -> None:
     pages = sequence.store.codec.encode(*(x.transpose(0, 1)[:, 64:] for x in (k, v)))
     for index in (1, 2, 3):
         assert torch.equal(sequence.page(index), pages[:, index - 1])
+
+
+def test_every_step_reads_what_homkvs_own_cache_reads() -> None:
+    """Token by token across two borders of pages: the same tokens as pages, and from the same step on."""
+    codec = RowsCodec(DIM, SPEC)
+    codec.num_sinks = PAGE_TOKENS  # as here
+    cache = PagedCache(codec, num_layers=1, num_kv_heads=HEADS, num_blocks=8, exact_dtype=torch.float32)
+    seq_id, sequence = cache.new_sequence(330), OneSequence(fresh())
+    k, v = tokens(330)
+    q = torch.randn(330, ROWS, 1, DIM)
+    prompt = [x[:190].transpose(0, 1).unsqueeze(0) for x in (k, v)]
+    cache.attend(0, [seq_id], torch.zeros(1, ROWS, 190, DIM), *prompt, DIM**-0.5)
+    sequence.add(k[:190], v[:190])
+    for at in range(190, 330):
+        one_k, one_v = (x[at][None, :, None] for x in (k, v))
+        expected = cache.attend(0, [seq_id], q[at : at + 1], one_k, one_v, DIM**-0.5)
+        sequence.add_one(k[at : at + 1], v[at : at + 1])
+        torch.testing.assert_close(sequence.attend(q[at : at + 1], new=1), expected, rtol=0, atol=1e-5)
 
 
 def behind_a_hit(store: LayerStore, source: OneSequence, exact: list[int]) -> OneSequence:

@@ -14,6 +14,7 @@ MAX_ROWS = 16  # query rows per kv head: columns of one matrix instruction, twic
 MAX_BATCH = 4096  # sequences whose splits one program can lay out
 INT32_MAX = 2**31 - 1
 EXACT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALIGNMENT = 16  # bytes: what one access of a thread takes
 
 
 def check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int, device: torch.device) -> None:
@@ -28,6 +29,15 @@ def check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim: in
         )
 
 
+def check_aligned(name: str, x: Tensor) -> None:
+    """Raise ShapeError unless x starts at a multiple of ALIGNMENT bytes."""
+    if x.data_ptr() % ALIGNMENT:
+        raise ShapeError(
+            f"expected {name} at a multiple of {ALIGNMENT} bytes, found {x.data_ptr():#x}; cut it from its buffer at "
+            "whole pages"
+        )
+
+
 def check_view(view: LayerView, codec: PageCodec) -> tuple[int, int]:
     """Check devices, dtypes and shapes of a view. Returns batch and kv heads. Raises ShapeError, DTypeError."""
     device = view.pool.device
@@ -38,6 +48,8 @@ def check_view(view: LayerView, codec: PageCodec) -> tuple[int, int]:
         check_tensor(name, getattr(view, name), (torch.int32,), 1, device)
     check_tensor("exact_k", view.exact_k, EXACT_DTYPES, 4, device)
     check_tensor("exact_v", view.exact_v, (view.exact_k.dtype,), 4, device)
+    for name in ("pool", "exact_k", "exact_v"):
+        check_aligned(name, getattr(view, name))
     blocks, heads, page_bytes = view.pool.shape
     batch, slots = view.page_table.shape[0], view.exact_k.shape[0]
     if page_bytes != codec.page_bytes or blocks == 0:

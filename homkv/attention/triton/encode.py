@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.checks import EXACT_DTYPES, check_tensor
+from homkv.attention.triton.checks import EXACT_DTYPES, check_aligned, check_tensor
 from homkv.attention.triton.decode import classes
 from homkv.attention.triton.encode_keys import encode_keys, pages_at_once
 from homkv.attention.triton.encode_values import KEY_MEAN, KEY_SCALE, VALUE_SCALE, encode_values
@@ -22,7 +22,7 @@ from homkv.errors import DTypeError, FormatError, ShapeError
 from homkv.quant import quantize_keys, quantize_values, require_finite
 from homkv.spec import PAGE_TOKENS, ChannelClass, PageLayout
 
-CHANNELS_PER_THREAD = 32  # of a row: 64 are fewer instructions but 12 warps per multiprocessor, not 16; 5 % slower
+CHANNELS_PER_THREAD = 32  # of a row: 64 are fewer instructions but 12 warps per multiprocessor, not 16; 19 % slower
 MAX_VALUE_LANES = 8
 MAX_REGISTERS = 128
 OVERLAP_LANES = 4  # with more of them a thread has the registers, and the need, to work on two tokens
@@ -207,8 +207,8 @@ def gaps(layout: PageLayout) -> tuple[tuple[int, int], ...]:
 @functools.lru_cache(maxsize=256)
 def slots_on_device(order: tuple[int, ...], device: torch.device) -> Tensor:
     """Channel -> slot, int32 on the device; made once."""
-    slots = torch.empty(len(order), dtype=torch.int32)
-    slots[list(order)] = torch.arange(len(order), dtype=torch.int32)
+    slots = torch.empty(len(order), dtype=torch.int32, device="cpu")
+    slots[list(order)] = torch.arange(len(order), dtype=torch.int32, device="cpu")
     return slots.to(device)
 
 
@@ -260,6 +260,7 @@ def check_out(
 ) -> None:
     """Check where encoded pages go. Raises ShapeError or DTypeError."""
     check_tensor("out", pages, (torch.uint8,), 3, device)
+    check_aligned("out", pages)
     blocks = num_pages if block_ids is None else pages.shape[0]
     if tuple(pages.shape) != (blocks, heads, layout.page_bytes):
         raise ShapeError(

@@ -370,8 +370,8 @@ def _rotations(
     padded = triton.next_power_of_2(dim)
     into, into_scale = _signs(padded, k_classes)
     back, back_scale = _signs(padded, v_classes)
-    slot_of = torch.empty(dim, dtype=torch.int64)
-    slot_of[torch.tensor(order)] = torch.arange(dim)
+    slot_of = torch.empty(dim, dtype=torch.int64, device="cpu")
+    slot_of[list(order)] = torch.arange(dim, device="cpu")
     by_channel = torch.zeros_like(into)
     by_channel[:dim] = into[slot_of]
     return Rotations(
@@ -385,10 +385,10 @@ def _rotations(
 
 def _signs(padded: int, classes: tuple[ChannelClass, ...]) -> tuple[Tensor, Tensor]:
     """Block-diagonal Hadamard matrix without its scale ``[padded, padded]``, and the scale of each slot."""
-    matrix, scale = torch.zeros(padded, padded), torch.zeros(padded)
+    matrix, scale = (torch.zeros(shape, device="cpu") for shape in ((padded, padded), padded))
     for cls in classes:
         block = cls.hadamard_block
         part = matrix[cls.start : cls.stop, cls.start : cls.stop]
-        part.copy_(hadamard(torch.eye(cls.width), block).sign())
+        part.copy_(hadamard(torch.eye(cls.width, device="cpu"), block).sign())
         scale[cls.start : cls.stop] = block**-0.5
     return matrix, scale

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.checks import EXACT_DTYPES, check_tensor, check_view
+from homkv.attention.triton.checks import ALIGNMENT, EXACT_DTYPES, check_tensor, check_view
 from homkv.attention.triton.encode import (
     EncodeConfig,
     check_status_word,
@@ -30,33 +30,38 @@ from homkv.attention.triton.warp import load_number
 from homkv.attention.view import LayerView
 from homkv.errors import DTypeError, ShapeError
 from homkv.formats.rows import RowsCodec
+from homkv.spec import PAGE_TOKENS
 
 VALUE_LANES = 8  # few pages are due at a time: latency counts
-ALIGNMENT = tl.constexpr(16)  # bytes, of every tensor of a layer
+ALIGNED = tl.constexpr(ALIGNMENT)
 AT_ONCE = tl.constexpr(8)  # loads of a thread before their stores
 
 
 @triton.jit
 def move_down(
-    x, stride_h, first, stop, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr
+    x, stride_h, first, stop, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Copy tokens 64 .. 127 of ``x`` over tokens 0 .. 63: WIDTH channels of heads ``first .. stop``."""
+    """Move KEPT tokens of ``x``, a multiple of 64, down by 64: WIDTH channels of heads ``first .. stop``."""
     SIZE: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
     WORDS: tl.constexpr = vector_of(WIDTH * SIZE // 4, START * SIZE)
     EACH: tl.constexpr = WIDTH * SIZE // (4 * WORDS)  # accesses of a token
     thread = tl.arange(0, THREADS)
-    for head in tl.range(first, stop, num_stages=1):
-        token = (x + (tl.cast(head, tl.int64) * stride_h + START)).to(tl.int64, bitcast=True)
-        for start in tl.range(0, 64 * EACH, AT_ONCE * THREADS, num_stages=1):
-            held = ()
-            for i in tl.static_range(AT_ONCE):
-                n = start + i * THREADS + thread
-                at = token + (n // EACH * (D * SIZE) + n % EACH * (4 * WORDS))
-                held = held + (load_own(at + 64 * D * SIZE, n < 64 * EACH, WORDS, 4),)
-            for i in tl.static_range(AT_ONCE):
-                n = start + i * THREADS + thread
-                at = token + (n // EACH * (D * SIZE) + n % EACH * (4 * WORDS))
-                store_own(at, held[i], n < 64 * EACH, 4)
+    for block in tl.range(0, KEPT, 64, num_stages=1):
+        if block > 0:
+            tl.debug_barrier()  # all threads have read the 64 tokens that are overwritten now
+        for head in tl.range(first, stop, num_stages=1):
+            token = (x + (tl.cast(head, tl.int64) * stride_h + (block * D + START))).to(tl.int64, bitcast=True)
+            for start in tl.range(0, 64 * EACH, AT_ONCE * THREADS, num_stages=1):
+                held = ()
+                for i in tl.static_range(AT_ONCE):
+                    n = start + i * THREADS + thread
+                    at = token + (n // EACH * (D * SIZE) + n % EACH * (4 * WORDS))
+                    held = held + (load_own(at + 64 * D * SIZE, n < 64 * EACH, WORDS, 4),)
+                for i in tl.static_range(AT_ONCE):
+                    n = start + i * THREADS + thread
+                    at = token + (n // EACH * (D * SIZE) + n % EACH * (4 * WORDS))
+                    store_own(at, held[i], n < 64 * EACH, 4)
 
 
 @triton.jit
@@ -91,11 +96,11 @@ def put_token(
 @triton.jit
 def finish(
     x, stride_h, new, new_stride_h, Status, due, last, first, stop, D: tl.constexpr, START: tl.constexpr,
-    WIDTH: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr, THREADS: tl.constexpr,
+    WIDTH: tl.constexpr, SINKS: tl.constexpr, KEPT: tl.constexpr, NEW: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """What is left to do for some channels of heads ``first .. stop`` of a sequence, ``x`` its first exact token."""
     if due:
-        move_down(x + SINKS * D, stride_h, first, stop, D, START, WIDTH, THREADS)
+        move_down(x + SINKS * D, stride_h, first, stop, D, START, WIDTH, KEPT, THREADS)
         tl.debug_barrier()  # the new token overwrites what was moved by other threads
     if NEW:
         put_token(x, stride_h, new, new_stride_h, Status, last, first, stop, D, START, WIDTH, THREADS)
@@ -105,7 +110,7 @@ def finish(
 def at_address(X, Table, layer, field, TABLE: tl.constexpr):
     """A layer's tensor: ``X`` itself, or the address in ``Table [layers, 3]`` with the type of ``X``."""
     if TABLE:
-        return tl.multiple_of(tl.load(Table + layer * 3 + field).to(X.dtype), ALIGNMENT)
+        return tl.multiple_of(tl.load(Table + layer * 3 + field).to(X.dtype), ALIGNED)
     else:
         return X
 
@@ -117,7 +122,8 @@ def window_kernel(
     K: tl.constexpr, V: tl.constexpr, GAPS: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr,
     USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     K_LANES: tl.constexpr, V_LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr,
-    HEADS: tl.constexpr, EXACT: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr, TABLE: tl.constexpr,
+    HEADS: tl.constexpr, EXACT: tl.constexpr, SINKS: tl.constexpr, KEPT: tl.constexpr, NEW: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """Grid (items of a sequence, batch, layers): a class of values of some heads, or what is left of some heads."""
     item = tl.program_id(0)
@@ -152,8 +158,8 @@ def window_kernel(
                     )  # fmt: skip
                     tl.debug_barrier()
                 finish(
-                    exact_v, STRIDE, v_new, v_stride_h, Status, due, last, first, stop, D, V[c][0], V[c][1], SINKS, NEW,
-                    THREADS,
+                    exact_v, STRIDE, v_new, v_stride_h, Status, due, last, first, stop, D, V[c][0], V[c][1], SINKS,
+                    KEPT, NEW, THREADS,
                 )  # fmt: skip
     else:
         first = (item - V_ITEMS) * K_PAGES
@@ -164,11 +170,11 @@ def window_kernel(
                 HEADS, HEADS, num_blocks, K, GAPS, ORDER, CENTRE, USED, PAGE_BYTES, D, DP, K_LANES, THREADS, True,
             )  # fmt: skip
             tl.debug_barrier()
-        finish(exact_k, STRIDE, k_new, k_stride_h, Status, due, last, first, stop, D, 0, D, SINKS, NEW, THREADS)
+        finish(exact_k, STRIDE, k_new, k_stride_h, Status, due, last, first, stop, D, 0, D, SINKS, KEPT, NEW, THREADS)
         for i in tl.static_range(len(GAPS)):
             finish(
                 exact_v, STRIDE, v_new, v_stride_h, Status, due, last, first, stop, D, GAPS[i][0], GAPS[i][1], SINKS,
-                NEW, THREADS,
+                KEPT, NEW, THREADS,
             )  # fmt: skip
 
 
@@ -176,7 +182,7 @@ def append(k: Tensor, v: Tensor, view: LayerView, due: Tensor, codec: RowsCodec,
     """Store one token per sequence, ``k v [B, G, D]``, behind the window of ``view``; seal where ``due [B]`` is true.
 
     The lengths in ``view`` already count the new token, and the new page of a due sequence: its oldest 64 window tokens
-    become page ``num_pages - 1``, the newest 64 move to the window's front, and the token is written at
+    become page ``num_pages - 1``, the others move to the window's front, and the token is written at
     ``exact_len - 1``. Sealed bytes are those of :func:`homkv.attention.triton.encode.encode`.
     ``status [1] int32`` is set to non-zero where a value cannot be stored; nothing is read back, so the call can be
     captured. Indices outside their array are clamped into it. Raises ShapeError, DTypeError, UnsupportedError before
@@ -235,7 +241,8 @@ def _launch(
         k, v, *k.stride()[:2], *v.stride()[:2], due, view.pool, view.exact_k, view.exact_v, table, view.page_table,
         view.num_pages, view.exact_len, view.slots, slots_on_device(order, device), status, view.page_table.shape[1],
         view.pool.shape[0], view.exact_k.shape[0], **constants(codec.layout, order, config), HEADS=heads,
-        EXACT=view.exact_k.shape[2], SINKS=codec.num_sinks, NEW=is_new, TABLE=len(views) > 1, **options(config),
+        EXACT=view.exact_k.shape[2], SINKS=codec.num_sinks, KEPT=codec.max_window - PAGE_TOKENS, NEW=is_new,
+        TABLE=len(views) > 1, **options(config),
     )  # fmt: skip
 
 
@@ -250,8 +257,6 @@ def window_config(codec: RowsCodec) -> EncodeConfig:
 
 def _addresses(views: tuple[LayerView, ...]) -> Tensor:
     addresses = tuple((x.pool.data_ptr(), x.exact_k.data_ptr(), x.exact_v.data_ptr()) for x in views)
-    if any(address % ALIGNMENT.value for layer in addresses for address in layer):
-        raise ShapeError(f"expected layers aligned to {ALIGNMENT.value} bytes, found {addresses}; seal them apart")
     return _table(addresses, views[0].pool.device)
 
 

@@ -7,9 +7,9 @@ from statistics import fmean
 
 import numpy as np
 
+from homkv.bootstrap import estimate
 from homkv.sim.record import PHASES, RequestRecord, Run
 
-ROUNDS, LEVEL = 2000, 0.95  # of the bootstrap
 BASELINES = ("bf16", "fp16", "fp8")  # what others are compared with, if they ran
 
 
@@ -107,12 +107,11 @@ def ratio_interval(summary: Summary, baseline: Summary) -> tuple[float, float] |
     """
     ours, theirs = (s.mean_by_request() for s in (summary, baseline))
     both = [key for key in ours if key in theirs]
-    if len(both) < 3:
+    if not both:
         return None
-    a, b = (np.array([times[key] for key in both]) for times in (ours, theirs))
-    at = np.random.default_rng(0).integers(0, len(both), (ROUNDS, len(both)))
-    low, high = np.quantile(a[at].sum(1) / b[at].sum(1), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return float(low), float(high)
+    slowness, base = [ours[key] / theirs[key] for key in both], [theirs[key] for key in both]
+    found = estimate(slowness, weights=base)  # the mean of a / b, weighted by b, is the ratio of means
+    return None if found.low is None or found.high is None else (found.low, found.high)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,7 @@ def capacity_rps(
     prefill_s = fmean(s.seconds for s in steps if s.stage == "prefill")
     batch = max(s.batch for s in steps if s.stage == "decode")
     step_s = fmean(s.seconds for s in steps if s.stage == "decode" and s.batch == batch)
-    link_s = 0.0
-    if cell.link_gbps is not None:
-        link_s = 8 * form.shape.num_layers * form.payload_bytes(prompt) / (cell.link_gbps * 1e9)
+    link_s = seconds_on_link(cell, form, prompt)
     answer_s = (answer - 1) * step_s
     num_prefill, num_decode = workers
     stages = [
@@ -36,3 +34,10 @@ def capacity_rps(
         (max(prefill_s, link_s) + answer_s) / batch / num_decode,
     ]
     return 1 / max(*stages, stages[0] + stages[2] if is_shared else 0.0)
+
+
+def seconds_on_link(cell: Cell, form: Form, prompt_tokens: int) -> float:
+    """What the KV of a prompt takes on a shaped link; 0 on others."""
+    if cell.link_gbps is None:
+        return 0.0
+    return 8 * form.shape.num_layers * form.payload_bytes(prompt_tokens) / (cell.link_gbps * 1e9)

@@ -31,16 +31,19 @@ def sample(stage: Stage, tokens: int, seconds: float, *, batch: int = 1, beside:
     return StepSample(run_id="", stage=stage, batch=batch, tokens=tokens, seconds=seconds, beside=beside)
 
 
-def probe_beside(pool: Pool, cell: Cell, steps: Sequence[StepSample], deadline_s: float) -> list[StepSample]:
+def probe_beside(
+    pool: Pool, cell: Cell, steps: Sequence[StepSample], link_s: float, deadline_s: float
+) -> list[StepSample]:
     """One sequence decodes while the longest prompt is computed: a step of the one and the whole of the other.
 
-    ``steps``: those at rest, which say for how long the sequence must decode. Nothing if it ended too early.
+    ``steps``: those at rest, which say for how long the sequence must decode; ``link_s``: what its prompt takes on the
+    link. Nothing if it ended too early.
     """
     low, high = cell.prompts
     prefill_s = {s.tokens: s.seconds for s in steps if s.stage == "prefill"}
     step_s = min(s.seconds for s in steps if s.stage == "decode")
     answer = min(int(SLOWER * prefill_s[high] / step_s) + MIN_STEPS, cell.longest - low)
-    requests = [Request("0", 0.0, low, answer), Request("1", 1.2 * prefill_s[low], high, 2)]
+    requests = [Request("0", 0.0, low, answer), Request("1", 1.2 * max(prefill_s[low], link_s), high, 2)]
     outcome = run_cell(pool, cell, requests, deadline_s)
     decoding, computed = outcome.lives
     return beside(decoding, computed, outcome, pool.num_prefill)

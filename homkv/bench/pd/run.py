@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from homkv.bench.generate import MODELS
 from homkv.bench.jct.summary import RateAtP99, Summary, rate_at_p99
-from homkv.bench.pd.capacity import capacity_rps
+from homkv.bench.pd.capacity import capacity_rps, seconds_on_link
 from homkv.bench.pd.cell import Outcome, run_cell
 from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import Cell
@@ -57,7 +57,7 @@ class Point:
         """Unique in a record."""
         how = "overlap" if self.cell.overlap else "after"
         room = f"/{self.cell.kv_budget_bytes / GIB:.3g}GiB" if self.cell.kv_budget_bytes else ""
-        return f"{self.workload}/{self.cell.link}/{self.cell.format}/{how}/{self.load:g}{room}"
+        return f"{self.workload}/{self.cell.link}/{self.cell.format}/{how}/{self.load}{room}"
 
     @property
     def key(self) -> object:
@@ -207,7 +207,8 @@ class PdBench:
         if len(set(self._devices)) < len(self._devices):
             place = (point.workload, point.cell.format)
             if not point.cell.kv_budget_bytes:  # a budget may not hold two sequences
-                self._beside[place] = probe_beside(pool, point.cell, steps, deadline_s)
+                link_s = seconds_on_link(point.cell, self._form(point.cell.format), point.cell.prompts[0])
+                self._beside[place] = probe_beside(pool, point.cell, steps, link_s, deadline_s)
             steps += self._beside.get(place, [])
         self._steps[point.key] = steps
 

@@ -134,6 +134,9 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         triton.attend(q, replace(view, page_table=view.page_table.long()), codec, 0.1)
     with pytest.raises(ShapeError, match="one entry per row"):
         triton.attend(q, replace(view, slots=view.slots.repeat(2)), codec, 0.1)
+    shifted = torch.zeros(view.pool.numel() + 8, dtype=torch.uint8, device=device)[8:].view_as(view.pool)
+    with pytest.raises(ShapeError, match="multiple of 16 bytes"):
+        triton.attend(q, replace(view, pool=shifted), codec, 0.1)
     with pytest.raises(DTypeError, match="floating point q"):
         triton.attend(q.to("meta"), view, codec, 0.1)
 

@@ -170,6 +170,9 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
     out = torch.zeros(1, len(k), codec.page_bytes, dtype=torch.uint8, device=device)
     with pytest.raises(ShapeError, match="expected out"):
         encode(k, v, layout, order, out=out[..., :64].contiguous())
+    shifted = torch.zeros(out.numel() + 8, dtype=torch.uint8, device=device)[8:].view_as(out)
+    with pytest.raises(ShapeError, match="multiple of 16 bytes"):
+        encode(k, v, layout, order, out=shifted)
     with pytest.raises(ShapeError, match="1 block_ids"):
         encode(k, v, layout, order, out=out, block_ids=torch.zeros(2, dtype=torch.int32, device=device))
     with pytest.raises(DTypeError, match="block_ids"):

@@ -61,7 +61,7 @@ class Decode:
     def run(self) -> None:
         places, lengths, tables = self.kept
         self.store.store_one(tables, self.exact, places, self.k, self.v, self.lasting.status)
-        view = self.store.view(tables, self.exact, self.store.halves(self.exact, lengths))
+        view = self.store.view(tables, self.exact, self.store.halves(self.exact, lengths), new=1)
         self.o.copy_(api.attend(self.q, view, self.store.codec, DIM**-0.5)[0])
 
     def captured(self) -> Callable[[], None]:
@@ -89,7 +89,7 @@ def compare(decode: Decode, plain: LayerStore, steps: int) -> None:
         decode.replay()
         host = Places.of(torch.tensor(lengths))
         plain.store_one(tables, exact, Places(*(x.to(device) for x in vars(host).values())), new[1], new[2])
-        view = plain.view(tables, exact, plain.halves(exact, torch.tensor(lengths, device=device)))
+        view = plain.view(tables, exact, plain.halves(exact, torch.tensor(lengths, device=device)), new=1)
         expected = api.attend(new[0].unsqueeze(2), view, plain.codec, DIM**-0.5)[0]
         torch.testing.assert_close(decode.o[:3], expected, rtol=0, atol=TOLERANCE[device.type])
     first = PLAN.pages_per_block  # of block 1: block 0 is nobody's

@@ -15,8 +15,6 @@ from homkv.seal import advance, append_one
 from homkv.spec import RowsSpec
 from homkv.testing.inputs import make_tokens, make_view
 
-FULL = 132  # sinks and window
-
 
 def make_codec(name: str, head_dim: int) -> RowsCodec:
     generator = torch.Generator().manual_seed(0)
@@ -29,7 +27,8 @@ def to_device(view: LayerView, device: torch.device) -> LayerView:
 
 def make_full(codec: RowsCodec, heads: int, dtype: torch.dtype = torch.float16, full: int = 2) -> LayerView:
     """Three sequences, the first ``full`` of them with a full window, and room for one more page each."""
-    view = make_view(codec, [FULL + 63, 150, 3], heads, exact_dtype=dtype)
+    most = codec.num_sinks + codec.max_window
+    view = make_view(codec, [most + 63, 150, 3], heads, exact_dtype=dtype)
     blocks = torch.arange(view.pool.shape[0] + 3)
     free = blocks[~torch.isin(blocks, view.page_table[view.page_table >= 0])].flip(0)[:3].to(torch.int32)
     table = torch.cat((view.page_table, torch.full((3, 1), -1, dtype=torch.int32)), 1)
@@ -37,10 +36,10 @@ def make_full(codec: RowsCodec, heads: int, dtype: torch.dtype = torch.float16, 
     pool = torch.cat((view.pool, torch.full((3, heads, codec.page_bytes), 0xFF, dtype=torch.uint8)))
     lengths = view.exact_len.clone()
     for b in range(full):
-        shape = (heads, FULL, codec.head_dim)
+        shape = (heads, most, codec.head_dim)
         view.exact_k[view.slots[b]] = make_tokens("outliers", *shape, seed=10 + b).to(dtype)
         view.exact_v[view.slots[b]] = make_tokens("normal", *shape, seed=20 + b).to(dtype)
-        lengths[b] = FULL
+        lengths[b] = most
     return replace(view, page_table=table, pool=pool, exact_len=lengths)
 
 
@@ -66,6 +65,8 @@ def assert_same(found: LayerView, expected: LayerView) -> None:
         ("k8024v4028", 64, 1, torch.bfloat16, 1),
         ("balanced", 128, 2, torch.float32, 1),
         ("k4200v0080", 80, 3, torch.float16, 2),
+        ("k2000v2000w128", 64, 1, torch.float16, 1),
+        ("k2000v2000w256", 64, 1, torch.float16, 2),
     ],
 )
 def test_append_seals_what_is_due(
