@@ -45,7 +45,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         x = x.reshape(*shape[:-1], shape[-1] // (2 * h), 2, h)
         x = torch.stack((x[..., 0, :] + x[..., 1, :], x[..., 0, :] - x[..., 1, :]), dim=-2)
         h *= 2
-    scale = block**-0.5
+    scale: float = block**-0.5
     if x.dtype == torch.float32:
         scale = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
     return x.reshape(shape) * scale
