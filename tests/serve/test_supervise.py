@@ -15,7 +15,7 @@ from homkv.serve.spawn import InstanceOptions, LocalCluster
 from homkv.serve.supervise import Supervisor
 from homkv.testing.models import random_ids, save_tiny_model
 
-START_S = 120.0  # of a process on a busy machine
+START_S = 300.0  # of a process on a busy machine
 QUERY = Query(random_ids(300, seed=60), "balanced", 12, return_evidence=True, report_progress=True)
 NAMES: dict[Role, str] = {"prefill": "prefill-0", "decode": "decode-0"}
 
