@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from homkv.bench.generate import MODELS
+from homkv.bench.pd import nixl
 from homkv.bench.pd.capacity import capacity_rps
 from homkv.bench.pd.forms import make_form
 from homkv.bench.pd.messages import Cell
@@ -14,6 +15,7 @@ from homkv.bench.pd.workload import Lengths
 from homkv.errors import HomkvError, ShapeError, UnsupportedError
 from homkv.sim.record import StepSample
 
+PLANS = Path(__file__).parents[2] / "benchmarks" / "plans"
 BASE = PdOptions(("cpu",), ("cpu",), Path("unused"), model="tiny", workloads=("tiny",))
 
 
@@ -50,3 +52,12 @@ def test_the_slowest_stage_sets_the_rate(link: str, shared: bool, expected: floa
     cell = Cell("bf16", link, True, "exact", 4, (100, 100), 201)
     expected = expected or 1e6 / (8 * 2 * form.payload_bytes(100))
     assert capacity_rps(steps, lengths, cell, form, (1, 1), shared) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("plan", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
+def test_plans_that_come_along_can_be_read(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leg names what a run knows; NIXL need not be here for that."""
+    monkeypatch.setattr(nixl, "is_available", lambda: True)
+    legs = read_plan(plan, BASE)
+    assert legs
+    assert all(leg.loads or leg.rate_rps for leg in legs)
