@@ -5,18 +5,16 @@ taken by both devices; no byte of it passes through a host's memory.
 """
 
 import datetime
-import queue
 import socket
-import threading
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homkv.bench.pd.digest import TRAILER_BYTES, padded
+from homkv.bench.pd.ends import Incoming, Outgoing
 from homkv.bench.pd.messages import Start
-from homkv.bench.pd.sockets import CHUNK, NO_DIGEST, NO_LAYER, LastWord, Layer, recv_exactly, side_stream, synchronize
+from homkv.bench.pd.sockets import synchronize
 
 TIMEOUT = datetime.timedelta(seconds=120)
 
@@ -53,75 +51,34 @@ def has_backend(device: torch.device) -> bool:
     )
 
 
-class DirectOutgoing:
-    """The sending end of one pair: one thread, one layer at a time."""
+class DirectOutgoing(Outgoing):
+    """The sending end, by ``dist.send``."""
 
     def __init__(
         self, lane: socket.socket, group: dist.ProcessGroup, target: int, device: torch.device,
         fail: Callable[..., None],
     ) -> None:  # fmt: skip
-        self._lane, self._group, self._target, self._device = lane, group, target, device
-        self._fail = fail
-        self._jobs: queue.SimpleQueue[Layer | LastWord] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
+        super().__init__(lane, device, fail)
+        self._group, self._target = group, target
+        self._start()
 
-    def send(self, layer: Layer) -> None:
-        """Queue a layer, whose payload ends with its trailer."""
-        self._jobs.put(layer)
-
-    def finish(self, word: LastWord) -> None:
-        """Queue a prompt's last word."""
-        self._jobs.put(word)
-
-    def _run(self) -> None:
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            stream = side_stream(self._device)
-            while True:
-                job = self._jobs.get()
-                if isinstance(job, LastWord):
-                    self._lane.sendall(job.head())
-                    continue
-                if job.ready is not None:
-                    job.ready.synchronize()
-                self._lane.sendall(CHUNK.pack(job.request, job.layer, 0, job.num_bytes, NO_DIGEST))
-                with torch.get_device_module(self._device).stream(stream):
-                    dist.send(job.payload, self._target, group=self._group)
-                synchronize(stream)
-                job.on_sent(job)
-        except BaseException as error:
-            self._fail(error)
+    def _move(self, payload: Tensor, stream: torch.Stream) -> None:
+        with torch.get_device_module(self._device).stream(stream):
+            dist.send(payload, self._target, group=self._group)
+        synchronize(stream)
 
 
-class DirectIncoming:
-    """The receiving end of one pair. ``arrived(request, layer, message)``: payload and trailer, not yet verified."""
+class DirectIncoming(Incoming):
+    """The receiving end, by ``dist.recv``."""
 
     def __init__(
         self, lane: socket.socket, group: dist.ProcessGroup, source: int, device: torch.device,
         arrived: Callable[[int, int, Tensor], None], finish: Callable[[int, int], None], fail: Callable[..., None],
     ) -> None:  # fmt: skip
-        self._lane, self._group, self._source, self._device = lane, group, source, device
-        self._arrived, self._finish, self._fail = arrived, finish, fail
-        threading.Thread(target=self._run, daemon=True).start()
+        super().__init__(lane, device, arrived, finish, fail)
+        self._group, self._source = group, source
+        self._start()
 
-    def _run(self) -> None:
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            stream, head = side_stream(self._device), bytearray(CHUNK.size)
-            while recv_exactly(self._lane, memoryview(head)):
-                request, layer, token, size, _ = CHUNK.unpack(head)
-                if layer == NO_LAYER:
-                    self._finish(request, token)
-                    continue
-                with torch.get_device_module(self._device).stream(stream):
-                    self._take(request, layer, size, stream)
-        except BaseException as error:
-            self._fail(error)
-
-    def _take(self, request: int, layer: int, size: int, stream: torch.Stream) -> None:
-        message = torch.empty(padded(size) + TRAILER_BYTES, dtype=torch.uint8, device=self._device)
+    def _fill(self, message: Tensor, stream: torch.Stream) -> None:
         dist.recv(message, self._source, group=self._group)
         synchronize(stream)
-        self._arrived(request, layer, message)

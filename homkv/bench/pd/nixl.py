@@ -5,10 +5,8 @@ on a socket, the receiver reads it into its own, copies it to where it belongs, 
 """
 
 import importlib.util
-import queue
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from homkv.bench.pd.digest import TRAILER_BYTES, padded
-from homkv.bench.pd.sockets import CHUNK, NO_DIGEST, NO_LAYER, LastWord, Layer, recv_exactly, side_stream, synchronize
+from homkv.bench.pd.ends import Incoming, Outgoing
+from homkv.bench.pd.sockets import recv_exactly, synchronize
 from homkv.errors import TransferError
 
 ARENA_BYTES = 72 << 20  # a layer of 16K tokens in 16 bits is one piece
@@ -55,64 +53,36 @@ class Arena:
         return self.agent.get_xfer_descs([(address, num_bytes, index)], self.kind)
 
 
-class NixlOutgoing:
-    """The sending end of one pair: one thread, one piece at a time."""
+class NixlOutgoing(Outgoing):
+    """The sending end: one piece after the other through its arena."""
 
     def __init__(self, lane: socket.socket, name: str, device: torch.device, fail: Callable[..., None]) -> None:
-        self._lane, self._device, self._fail = lane, device, fail
+        super().__init__(lane, device, fail)
         self._arena = Arena(name, device)
         self._arena.introduce(lane)
-        self._jobs: queue.SimpleQueue[Layer | LastWord] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._start()
 
-    def send(self, layer: Layer) -> None:
-        """Queue a layer, whose payload ends with its trailer."""
-        self._jobs.put(layer)
-
-    def finish(self, word: LastWord) -> None:
-        """Queue a prompt's last word."""
-        self._jobs.put(word)
-
-    def _run(self) -> None:
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            stream = side_stream(self._device)
-            while True:
-                job = self._jobs.get()
-                if isinstance(job, LastWord):
-                    self._lane.sendall(job.head())
-                else:
-                    self._send(job, stream)
-        except BaseException as error:
-            self._fail(error)
-
-    def _send(self, layer: Layer, stream: torch.Stream) -> None:
-        if layer.ready is not None:
-            layer.ready.synchronize()
-        self._lane.sendall(CHUNK.pack(layer.request, layer.layer, 0, layer.num_bytes, NO_DIGEST))
-        for piece in layer.payload.split(ARENA_BYTES):
+    def _move(self, payload: Tensor, stream: torch.Stream) -> None:
+        for piece in payload.split(ARENA_BYTES):
             with torch.get_device_module(self._device).stream(stream):
                 self._arena.memory[: len(piece)].copy_(piece, non_blocking=True)
             synchronize(stream)
             self._lane.sendall(READ)
             if not recv_exactly(self._lane, memoryview(bytearray(1))):
                 raise TransferError("expected an answer behind a piece, found the connection closed")
-        layer.on_sent(layer)
 
 
-class NixlIncoming:
-    """The receiving end of one pair. ``arrived(request, layer, message)``: payload and trailer, not yet verified."""
+class NixlIncoming(Incoming):
+    """The receiving end: reads each piece out of the sender's arena."""
 
     def __init__(
         self, lane: socket.socket, name: str, device: torch.device, arrived: Callable[[int, int, Tensor], None],
         finish: Callable[[int, int], None], fail: Callable[..., None],
     ) -> None:  # fmt: skip
-        self._lane, self._device = lane, device
-        self._arrived, self._finish, self._fail = arrived, finish, fail
+        super().__init__(lane, device, arrived, finish, fail)
         self._arena = Arena(name, device)
         self._address, self._index, self._peer = self._meet()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._start()
 
     def _meet(self) -> tuple[int, int, str]:
         """The sender's arena, and its name."""
@@ -126,23 +96,7 @@ class NixlIncoming:
         name = self._arena.agent.add_remote_agent(bytes(metadata))
         return address, index, name if isinstance(name, str) else name.decode()
 
-    def _run(self) -> None:
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            stream, head = side_stream(self._device), bytearray(CHUNK.size)
-            while recv_exactly(self._lane, memoryview(head)):
-                request, layer, token, size, _ = CHUNK.unpack(head)
-                if layer == NO_LAYER:
-                    self._finish(request, token)
-                    continue
-                with torch.get_device_module(self._device).stream(stream):
-                    self._take(request, layer, size, stream)
-        except BaseException as error:
-            self._fail(error)
-
-    def _take(self, request: int, layer: int, size: int, stream: torch.Stream) -> None:
-        message = torch.empty(padded(size) + TRAILER_BYTES, dtype=torch.uint8, device=self._device)
+    def _fill(self, message: Tensor, stream: torch.Stream) -> None:
         for piece in message.split(ARENA_BYTES):
             if not recv_exactly(self._lane, memoryview(bytearray(1))):
                 raise TransferError(f"expected {len(message)} bytes of a layer, found the connection closed")
@@ -150,7 +104,6 @@ class NixlIncoming:
             piece.copy_(self._arena.memory[: len(piece)], non_blocking=True)
             synchronize(stream)
             self._lane.sendall(READ)
-        self._arrived(request, layer, message)
 
     def _read(self, num_bytes: int) -> None:
         """Bring the first bytes of the sender's arena into ours."""
