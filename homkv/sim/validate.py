@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from homkv.errors import TraceError
@@ -23,7 +24,10 @@ MIN_REQUESTS = 2
 
 @dataclass(frozen=True)
 class Validation:
-    """One run, measured and simulated. Errors: ``simulated / measured - 1``. ``pairs``: JCT of every request."""
+    """One run, measured and simulated. Errors: ``simulated / measured - 1``. ``pairs``: JCT of every request.
+
+    ``turns_jct_s``: measured mean JCT of each turn.
+    """
 
     run_id: str
     kv_cache_dtype: str
@@ -36,6 +40,12 @@ class Validation:
     measured_phases_s: dict[str, float]
     simulated_phases_s: dict[str, float]
     pairs: list[tuple[float, float]]
+    turns_jct_s: list[float]
+
+    @property
+    def noise(self) -> float:
+        """How far a turn is from the mean of all turns, at most: what a model of the machine cannot know."""
+        return max(abs(turn_s / self.measured_jct_s - 1) for turn_s in self.turns_jct_s)
 
     @property
     def mean_error(self) -> float:
@@ -54,7 +64,7 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        errors = {"mean_error": self.mean_error, "p99_error": self.p99_error, "holds": self.holds}
+        errors = {"mean_error": self.mean_error, "p99_error": self.p99_error, "noise": self.noise, "holds": self.holds}
         return {"kind": "sim-validation", **asdict(self), **errors}
 
 
@@ -85,8 +95,13 @@ def tables(gpu: str, model: str) -> CostsOf:
 
 
 def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit, record: Sequence[Run] = ()) -> Validation:
-    """Runs of one configuration, each simulated by itself, taken together. ``record``: all runs beside them."""
-    pairs = [pair for run in runs for pair in simulated(run, costs_of, record)]
+    """Runs of one configuration, each simulated by itself, taken together. ``record``: all runs beside them.
+
+    What was timed before each turn counts for all of them.
+    """
+    steps = tuple(step for run in runs for step in run.steps)
+    turns = [simulated(msgspec.structs.replace(run, steps=steps), costs_of, record) for run in runs]
+    pairs = [pair for turn in turns for pair in turn]
     measured_jct, simulated_jct = (np.array([r.jct_s for r in side]) for side in zip(*pairs, strict=True))
     measured_phases, simulated_phases = (
         {name: float(np.mean([getattr(r, name) for r in side])) for name in PHASES} for side in zip(*pairs, strict=True)
@@ -103,6 +118,7 @@ def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit, record: 
         measured_phases_s=measured_phases,
         simulated_phases_s=simulated_phases,
         pairs=[(real.jct_s, found.jct_s) for real, found in pairs],
+        turns_jct_s=[float(np.mean([real.jct_s for real, _ in turn])) for turn in turns],
     )
 
 

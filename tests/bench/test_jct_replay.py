@@ -13,16 +13,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from homkv.bench.jct.markdown import markdown
 from homkv.bench.jct.plots import plot
 from homkv.bench.jct.replay import Prompt, cut_prompts
 from homkv.bench.jct.report import print_report
-from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, trace_requests, uniform_requests
-from homkv.bench.jct.steps import median_gap, overlapping
+from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, step_lengths, trace_requests, uniform_requests
+from homkv.bench.jct.steps import overlapping
 from homkv.bench.jct.summary import Summary, rate_at_p99, ratio_interval, summarize
 from homkv.cli import main
 from homkv.cli.bench_jct import parse_range
 from homkv.errors import FormatError, ShapeError, TraceError, TransferError
 from homkv.serve.messages import PrefillTimes
+from homkv.sim.fitted import fit
 from homkv.sim.record import PHASES, RequestRecord, Run, RunInfo
 from homkv.sim.trace import Request, write_trace
 
@@ -89,6 +91,12 @@ def check_report(runs: list, tmp_path: Path) -> None:
         assert file.stat().st_size > 1000
     assert summaries[0].mean("jct_s") == pytest.approx(sum(summaries[0].shares().values()), abs=1e-6)
     assert summaries[0].throughput_rps > 0
+    header, _, *rows = markdown(summaries, runs, fit)
+    assert len(rows) == len(runs)
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    assert rows[1].split(" | ")[1] == "balanced"
+    assert rows[0].split(" | ")[10:12] == ["1.00", ""]  # x 16 bits, x fp8, which did not run
+    assert rows[0].endswith(" %) |")
 
 
 def test_time_that_is_used_up_leaves_runs_out(folder: Path, tmp_path: Path) -> None:
@@ -184,8 +192,10 @@ def test_intervals_are_of_pairs() -> None:
     assert ratio_interval(Summary("c", "b", (run_of("b", 0, [1.0, 2.0]),)), base) is None
 
 
-def test_one_disturbed_step_does_not_count() -> None:
-    assert median_gap([0.0, 0.1, 0.2, 5.0, 5.1, 5.2]) == pytest.approx(0.1)
+def test_steps_are_timed_at_the_ends_and_between_them_where_they_are_far_apart() -> None:
+    assert step_lengths([516, 632, 581]) == (516, 632)
+    assert step_lengths([100, 700, 300]) == (100, 400, 700)
+    assert step_lengths([300]) == (300,)
 
 
 def test_steps_beside_a_prompt_are_told_apart() -> None:

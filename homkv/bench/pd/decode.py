@@ -25,6 +25,8 @@ from homkv.bench.pd.messages import (
     Finished,
     Granted,
     Hello,
+    Join,
+    Joined,
     Open,
     Opened,
     Reserve,
@@ -82,6 +84,7 @@ class DecodeWorker(Worker):
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
         self._lock = threading.Lock()
+        self._sockets: dict[tuple[int, int], socket.socket] = {}  # by prefill worker and lane
         self._incoming: list[Incoming] = []
         self._from_devices: list[direct.DirectIncoming | nixl.NixlIncoming] = []
         self._kept: dict[object, Prepared] = {}
@@ -112,6 +115,8 @@ class DecodeWorker(Worker):
         match event:
             case Connect():
                 self._connect()
+            case Join():
+                self._join(event.kind)
             case Open():
                 self._open(event.cell)
             case Reserve():
@@ -123,23 +128,26 @@ class DecodeWorker(Worker):
 
     def _connect(self) -> None:
         start = self.start
-        sockets = accept(self._listener, start.token, start.num_prefill * num_lanes(start))
-        tcp = [s for (_, lane), s in sockets.items() if lane < start.lanes]
+        self._sockets = accept(self._listener, start.token, start.num_prefill * num_lanes(start))
+        tcp = [s for (_, lane), s in self._sockets.items() if lane < start.lanes]
         self._incoming = [
             Incoming(tcp, start.chunk_bytes, self.device, self._place, self._count, self._finish, self.fail)
         ]
-        take = (self.device, self._take_whole, self._finish, self.fail)
-        if start.store_port is not None:
-            groups = direct.join(start, self.device)
-            for rank in range(start.num_prefill):
-                lane, group = sockets[rank, lane_of(start, "direct")], groups[rank, start.rank]
-                self._from_devices.append(direct.DirectIncoming(lane, group, rank, *take))
-        if start.use_nixl:
-            for rank in range(start.num_prefill):
-                lane = sockets[rank, lane_of(start, "nixl")]
-                self._from_devices.append(nixl.NixlIncoming(lane, f"to-{start.rank}-{rank}", *take))
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.say(Connected(name, self.model.num_parameters()))
+
+    def _join(self, kind: str) -> None:
+        """Open a link from every prefill worker's device."""
+        start, take = self.start, (self.device, self._take_whole, self._finish, self.fail)
+        groups = direct.join(start, self.device) if kind == "direct" else {}
+        for rank in range(start.num_prefill):
+            lane = self._sockets[rank, lane_of(start, kind)]
+            self._from_devices.append(
+                direct.DirectIncoming(lane, groups[rank, start.rank], rank, *take)
+                if kind == "direct"
+                else nixl.NixlIncoming(lane, f"to-{start.rank}-{rank}", *take)
+            )
+        self.say(Joined(kind))
 
     def _open(self, cell: Cell) -> None:
         """Make room and capture steps, unless an earlier cell's serve: formats may take turns at no cost."""
