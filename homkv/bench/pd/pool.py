@@ -106,7 +106,7 @@ class Pool:
         self.num_params = connected[0].num_params
 
     def join(self, kind: str, deadline_s: float) -> None:
-        """Open a link between devices, unless it is: when first needed, so that it cannot fail others. Raises CellError."""
+        """Open a link between devices when first needed, so that it cannot fail cells of others. Raises CellError."""
         if kind in self._joined:
             return
         everyone = range(len(self._processes))
