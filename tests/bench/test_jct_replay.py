@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ from homkv.bench.jct.replay import Prompt, cut_prompts
 from homkv.bench.jct.report import print_report
 from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, step_lengths, trace_requests, uniform_requests
 from homkv.bench.jct.steps import overlapping
-from homkv.bench.jct.summary import Summary, rate_at_p99, ratio_interval, summarize
+from homkv.bench.jct.summary import Summary, rate_at_p99, rates_at_p99, ratio_interval, summarize
 from homkv.cli import main
 from homkv.cli.bench_jct import parse_range
 from homkv.errors import FormatError, ShapeError, TraceError, TransferError
@@ -221,6 +222,30 @@ def test_rates_at_equal_p99() -> None:
     assert (bound.rate_rps, bound.is_bound) == (3.0, True)
     assert rate_at_p99(points, 1.0, "x") is None
     assert rate_at_p99([], 1.0, "x") is None
+
+
+def test_rates_are_compared_at_the_baselines_tail() -> None:
+    """bf16's P99 at load 0.8 is 3 s; the other reaches it halfway between its two rates."""
+
+    def at(name: str, load: str, rate_rps: str, jct_s: float) -> Summary:
+        run = run_of(name, 0, [jct_s])
+        options = {"load": load, "rate_rps": rate_rps}
+        case = f"long, 25 Gb/s, {rate_rps} req/s (load {load})"
+        return Summary(case, name, (Run(msgspec.structs.replace(run.info, options=options), run.requests),))
+
+    found = rates_at_p99(
+        [
+            at("bf16", "0.8", "1", 3.0),
+            at("bf16", "1.6", "2", 9.0),
+            at("fp8", "0.8", "1", 2.0),
+            at("fp8", "1.6", "2", 4.0),
+        ],
+        "0.8",
+    )
+    assert [(place, rate.name, rate.rate_rps) for place, rate in found] == [
+        ("long, 25 Gb/s", "bf16", 1.0),
+        ("long, 25 Gb/s", "fp8", 1.5),
+    ]
 
 
 def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_a_record_of_a_whole_run(tmp_path: Path) -> None:
     assert small.mean("wire_bytes") < base.mean("wire_bytes")
     assert [r.prompt_tokens for r in base.requests] == [r.prompt_tokens for r in small.requests]
     assert len(base.runs) == len(small.runs) == 2
-    assert next(rate.name for _, rate in rates_at_p99([base, small], "0.8")) == "bf16"
+    assert rates_at_p99([base, small], "0.8") == []  # one rate says nothing
 
 
 def test_a_cell_that_fails_is_left_out_and_the_next_one_runs(tmp_path: Path) -> None:

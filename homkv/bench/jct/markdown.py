@@ -1,4 +1,4 @@
-"""One table for a page: what was measured, ratios to both baselines, and what a simulation of the same requests says."""
+"""One table for a page: what was measured, ratios to both baselines, what a simulation of the same requests says."""
 
 from collections.abc import Iterator, Sequence
 
