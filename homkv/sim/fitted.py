@@ -125,6 +125,12 @@ def handoff_s(run: Run) -> float:
     return median(samples) if samples else 0.0
 
 
+def seal_per_token_s(run: Run) -> float:
+    """What sealing pages between steps adds to a token of one sequence, by the median of samples; 0 without any."""
+    samples = [s.seconds / s.tokens for s in run.steps if s.stage == "seal"]
+    return median(samples) if samples else 0.0
+
+
 def medians(samples: Iterable[StepSample]) -> list[StepSample]:
     """One sample for all that were taken of one step, their median: one that was disturbed must not move a fit."""
     groups: dict[tuple[int, int], list[StepSample]] = {}

@@ -26,7 +26,7 @@ from homkv.sim.trace import read_text
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 NumBytes = Annotated[int, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
-Stage = Literal["prefill", "pack", "unpack", "decode", "handoff"]
+Stage = Literal["prefill", "pack", "unpack", "decode", "handoff", "seal"]
 PHASES = ("queue_s", "prefill_s", "pack_s", "transfer_s", "unpack_s", "wait_s", "decode_s")
 
 
@@ -61,6 +61,7 @@ class StepSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
 
     ``decode``: one step of ``batch`` sequences. ``pack``: all layers of one prompt, not overlapped. ``unpack``: verify,
     or decode an entropy-coded wire, once per request. ``handoff``: what a request takes besides, with all else idle.
+    ``seal``: turn a window's ``tokens`` of one sequence into pages, in all layers, between two decode steps.
     ``beside``: not at rest, but while the other stage worked: a decode step during a prompt, a prompt during decoding.
     """
 

@@ -11,7 +11,7 @@ import numpy as np
 from homkv.errors import TraceError
 from homkv.sim.costs import Costs
 from homkv.sim.engine import System, simulate
-from homkv.sim.fitted import beside, fit, handoff_s
+from homkv.sim.fitted import beside, fit, handoff_s, seal_per_token_s
 from homkv.sim.formats import make_format
 from homkv.sim.hardware import find_gpu, find_model
 from homkv.sim.record import PHASES, RequestRecord, Run, read_record
@@ -152,6 +152,7 @@ def system_of(run: Run, costs: Costs, record: Sequence[Run] = ()) -> System:
         reserves_early=info.reserves_early,
         capacity_bytes=info.kv_capacity_bytes,
         max_batch=info.max_batch,
+        seal_per_token_s=seal_per_token_s(run),
         prefill_beside=prefill_beside,
         decode_beside=decode_beside,
     )

@@ -39,6 +39,7 @@ from homkv.bench.pd.worker import Worker, lane_of, num_lanes
 from homkv.errors import CapacityError, TransferError
 
 TIMED_STEPS = 6
+TIMED_PAGES = 3
 SPARE_BYTES = 6 << 30  # of a GPU, besides KV: steps' own memory, and what the other side of a shared GPU may need
 
 
@@ -207,7 +208,7 @@ class DecodeWorker(Worker):
                 out.append(Step("decode", count, tokens, median(timed(batch, taken) for _ in range(TIMED_STEPS))))
                 for slot in taken:
                     batch.leave(slot)
-        return out
+        return out + time_seal(batch, cell.prompts[0])
 
     # -- arriving, in the links' threads -----------------------------------------------------------------------
 
@@ -337,6 +338,20 @@ class DecodeWorker(Worker):
         costs.append((self._digest_s, self._digest_bytes))
         seconds, size = sum(s for s, _ in costs), sum(n for _, n in costs)
         self.say(Closed(self.batch.slots.peak_bytes, self.peak_bytes(), seconds, size, self._log))
+
+
+def time_seal(batch: Batch, prompt_tokens: int) -> list[Step]:
+    """A page that is sealed between steps: what one step in a page's worth takes more than the others."""
+    slots, page = batch.slots, batch.slots.sealed_tokens
+    count = TIMED_PAGES * page
+    if not page or not slots.fits(1, prompt_tokens + count):
+        return []
+    slot = slots.take(prompt_tokens + count)
+    batch.join(slot, prompt_tokens, 0)
+    seconds = [timed(batch, [slot]) for _ in range(count)]
+    batch.leave(slot)
+    slowest = median(max(seconds[at : at + page]) for at in range(0, count, page))
+    return [Step("seal", 1, page, slowest - median(seconds))]
 
 
 def timed(batch: Batch, slots: list[int]) -> float:

@@ -34,7 +34,7 @@ class Cell(msgspec.Struct, frozen=True):
 class Step(msgspec.Struct, frozen=True):
     """A step timed while nothing else ran; fields as in homkv.sim.record.StepSample."""
 
-    stage: Literal["prefill", "pack", "unpack", "decode"]
+    stage: Literal["prefill", "pack", "decode", "seal"]
     batch: int
     tokens: int
     seconds: float
