@@ -147,9 +147,7 @@ class _Cluster:
         self.rooms = [Room(capacity) for _ in decode_ids]
         self.network = Network(env, egress, ingress, self._arrived)
         self.decodes = [
-            DecodeInstance(
-                env, self.costs, max_batch, self._finish, self._decoding_changed, system.seal_per_token_s
-            )
+            DecodeInstance(env, self.costs, max_batch, self._finish, self._decoding_changed, system.seal_per_token_s)
             for _ in decode_ids
         ]
         self.unpacked = [0.0 for _ in decode_ids]  # when the newest KV is unpacked: one after the other

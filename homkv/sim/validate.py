@@ -1,5 +1,6 @@
 """Simulated against real: the requests of a record, run through the simulator with step times of the same machine."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,18 +72,24 @@ class Validation:
 CostsOf = Callable[[Run], Costs]
 
 
-def validate(path: Path, costs_of: CostsOf = fit) -> list[Validation]:
+def validate(path: Path, costs_of: CostsOf = fit, max_load: float = math.inf) -> list[Validation]:
     """Every run of a record; turns of one configuration (run ids that differ in ``/0``, ``/1`` … only) are pooled.
 
-    ``costs_of``: step times, by default fitted to each run's own step lines. Raises TraceError for a record that cannot
-    be used.
+    ``costs_of``: step times, by default fitted to each run's own step lines. ``max_load``: turns behind which the
+    machine's load average of one minute was above it are left out, with what was timed before them: other work ran.
+    Raises TraceError for a record that cannot be used.
     """
     groups: dict[str, list[Run]] = {}
-    record = list(read_record(path).values())
+    record = [run for run in read_record(path).values() if load_average(run) <= max_load]
     for run in record:
         name, _, turn = run.info.run_id.rpartition("/")
         groups.setdefault(name if name and turn.isdecimal() else run.info.run_id, []).append(run)
     return [compared(name, runs, costs_of, record) for name, runs in groups.items()]
+
+
+def load_average(run: Run) -> float:
+    """The machine's, of one minute, behind a run; 0 where the record does not say."""
+    return float(run.info.options.get("load_average", "0").split()[0])
 
 
 def tables(gpu: str, model: str) -> CostsOf:

@@ -85,6 +85,17 @@ def test_noise_is_the_farthest_turn(tmp_path: Path, round_costs: Any) -> None:
     assert found.mean_error == pytest.approx(1 / 1.25 - 1)
 
 
+def test_turns_beside_other_work_are_left_out(tmp_path: Path, round_costs: Any) -> None:
+    run = read_record(recorded(tmp_path / "r.jsonl", round_costs()))["r"]
+    for turn, load in (("a/0", "5.1 2.0 1.0"), ("a/1", "1.5 2.0 1.0")):
+        lines = [msgspec.structs.replace(line, run_id=turn) for line in (run.info, *run.steps, *run.requests)]
+        lines[0] = msgspec.structs.replace(lines[0], options={"load_average": load})
+        write_record(tmp_path / "a.jsonl", lines, append=True)
+    (both,), (quiet,) = validate(tmp_path / "a.jsonl"), validate(tmp_path / "a.jsonl", max_load=3.0)
+    assert (len(both.turns_jct_s), len(quiet.turns_jct_s)) == (2, 1)
+    assert validate(tmp_path / "a.jsonl", max_load=1.0) == []
+
+
 def test_another_link_is_noticed(tmp_path: Path, round_costs: Any) -> None:
     (found,) = validate(recorded(tmp_path / "r.jsonl", round_costs(), link_gbps=0.001))
     assert not found.holds

@@ -171,9 +171,9 @@ class JctBench:
         with clients.one() as client:
             client.generate(query, on_layer=self._count_layers, timeout_s=self.options.request_timeout_s)
 
-    def _time_steps(self, clients: Clients, name: str, turn: int) -> list[StepSample]:
-        """A format's steps, before each of its turns: a machine's speed drifts. Those of a batch in the first only."""
-        plan = StepPlan(step_lengths([r.prompt_tokens for r in self.options.requests]), batch=1 if turn else 2)
+    def _time_steps(self, clients: Clients, name: str) -> list[StepSample]:
+        """A format's steps, before each of its turns: a machine's speed drifts."""
+        plan = StepPlan(step_lengths([r.prompt_tokens for r in self.options.requests]))
         return time_steps(clients, self._ids, name, plan, self.options.request_timeout_s)
 
     def _count_layers(self, count: int) -> None:
@@ -190,7 +190,7 @@ class JctBench:
             self._skip(run_id, "the time was used up")
             return
         try:
-            steps = self._time_steps(clients, name, repetition) if options.steps else []
+            steps = self._time_steps(clients, name) if options.steps else []
             with MemoryWatch(cluster.processes["decode-0"].pid) as memory:
                 finished = replay(clients, options.requests, prompts, name, timeout_s=options.request_timeout_s)
         except HomkvError as error:

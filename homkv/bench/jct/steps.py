@@ -18,7 +18,7 @@ class StepPlan:
     """Lengths at which steps are timed, one request alone; ``batch``: sequences that decode together at the longest."""
 
     prompts: tuple[int, ...]
-    batch: int = 2  # 1: none
+    batch: int = 2
     answer: int = 8
     min_steps: int = 4
     max_tokens: int = 160
@@ -43,10 +43,9 @@ def time_steps(
         sample("unpack", 1, tokens, record.unpack_s)
         sample("handoff", 1, tokens, record.queue_s + record.wait_s)
         sample("decode", 1, tokens, median_gap(single.answer.arrived_s))
-    if plan.batch > 1:
-        step_s = together(clients, ids, kv_cache_dtype, plan, record, timeout_s)
-        if step_s is not None:
-            sample("decode", plan.batch, plan.prompts[-1], step_s)
+    step_s = together(clients, ids, kv_cache_dtype, plan, record, timeout_s)
+    if step_s is not None:
+        sample("decode", plan.batch, plan.prompts[-1], step_s)
     return out + beside(clients, ids, kv_cache_dtype, plan, out, timeout_s)
 
 
