@@ -272,3 +272,21 @@ def test_records_are_reported(capsys: pytest.CaptureFixture[str], monkeypatch: p
     small = next(line for line in lines[at_10:] if line.strip().startswith("small"))
     assert small.split()[1:4] == ["3.18", "3.33", "4.14"]
     assert small.split()[-2:] == ["0.61", "0.88"]
+
+
+@pytest.mark.parametrize(("gpu", "code"), [("h100", 0), ("abacus", 2)])
+def test_records_become_a_table_for_a_page(
+    gpu: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "pd-h100x2.jsonl"
+    monkeypatch.setattr(sys, "argv", ["homkv", "bench", "report", str(record), "--markdown", "--simulate", gpu])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code or 0) == code
+    said = capsys.readouterr()
+    if code:
+        assert "expected a GPU out of" in said.err
+    else:
+        assert any(
+            line.startswith("|  | bf16 | 1888 | 5.21 |") and "(+1.3 %)" in line for line in said.out.splitlines()
+        )

@@ -185,3 +185,12 @@ def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> No
     assert caught.value.code in (0, None)
     usual = PdOptions(("cpu",), ("cpu", "cpu"), Path("runs/pd.jsonl"), model="tiny")
     assert seen == [replace(usual, links=("2", "tcp"), overlaps=(True, False), rate_rps=3.0)]
+
+
+def test_an_estimate_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "bench pd --devices cuda:0,cuda:1 --link 25 --link nixl --load 0.8 --requests 4 --estimate h100"
+    monkeypatch.setattr(sys, "argv", ["homkv", *words.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code in (0, None)
+    assert capsys.readouterr().out.count("/overlap/0.8/0") == 2 * 5
