@@ -37,6 +37,7 @@ LLAMA = {
     "torch_dtype": "bfloat16", "initializer_range": 0.02,
 }  # fmt: skip
 STOCK = ("auto", "fp8")
+LONG = 32768  # tokens of a sequence, to compare capacities at
 BEGIN = time.perf_counter()
 GRAPHS = [1, 2, 4, 8, 12, 16, 20, 24, 32]
 
@@ -51,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16384)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--timeout-s", type=float, default=600, help="for each engine")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has: compiles the same kernels sooner")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", type=Path, help="JSONL to append to")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -78,6 +80,7 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
 
     if torch.cuda.is_available():
         usual |= {"kv_cache_memory_bytes": int(options.kv_gib * 2**30), "enforce_eager": options.eager}
+        usual["gpu_memory_utilization"] = 0.5  # must be free at the start; KV takes what the line above says
         usual |= {"attention_backend": plan.name if plan else "FLASH_ATTN"}
         if not options.eager:
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": GRAPHS}
@@ -96,25 +99,26 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
     return LLM(**usual)
 
 
-def fitting(llm: Any, options: argparse.Namespace, kv: str) -> int:
-    """Sequences of full length that the cache holds; one of its blocks vLLM keeps."""
-    cache, length = llm.llm_engine.vllm_config.cache_config, options.prompt_tokens + options.new_tokens
-    plan = backend(kv, options.shape)
+def fitting(llm: Any, options: argparse.Namespace, kv: str, length: int) -> float:
+    """Sequences of ``length`` tokens that the cache holds; one of its blocks vLLM keeps."""
+    cache, plan = llm.llm_engine.vllm_config.cache_config, backend(kv, options.shape)
     each = plan.num_blocks(length) if plan else -(-length // cache.block_size)
-    return int((cache.num_gpu_blocks - 1) // each)
+    return float((cache.num_gpu_blocks - 1) / each)
 
 
 def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     """One engine's record."""
     import torch
 
+    shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(LLAMA | SHAPES[options.shape]))
+        Path(folder, "config.json").write_text(json.dumps(LLAMA | shape))
         llm = engine(options, kv, folder)
     from vllm import SamplingParams
 
-    room = fitting(llm, options, kv)
-    say(f"{kv}: {room} sequences of {options.prompt_tokens + options.new_tokens} tokens fit")
+    length = options.prompt_tokens + options.new_tokens
+    room = int(fitting(llm, options, kv, length))
+    say(f"{kv}: {room} sequences of {length} tokens fit")
     say(f"{kv}: the engine is up")
     rng, vocab = random.Random(0), SHAPES[options.shape]["vocab_size"]
     tokens = [[rng.randrange(10, vocab) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)]
@@ -133,7 +137,8 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     last_prompt = max(t.first_token_ts for t in times) - min(t.scheduled_ts for t in times)
     on_gpu = torch.cuda.is_available()
     return {
-        "kv": kv, "shape": options.shape, "kv_gib": options.kv_gib, "prompts": options.prompts,
+        "kv": kv, "shape": options.shape, "layers": shape["num_hidden_layers"], "kv_gib": options.kv_gib,
+        "prompts": options.prompts, "tokens_at_32k": int(fitting(llm, options, kv, LONG) * LONG),
         "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "eager": options.eager,
         "fitting": room, "wall_s": wall_s, "tokens_per_s": sum(counts) / wall_s,
         "until_last_prompt_s": last_prompt, "tpot_median_ms": 1e3 * statistics.median(tpot),

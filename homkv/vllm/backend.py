@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from homkv.errors import UnsupportedError
 from homkv.spec import PAGE_TOKENS
-from homkv.vllm.blocks import BlockPlan
+from homkv.vllm.blocks import BlockPlan, ceil_div
 from homkv.vllm.lasting import Lasting
 from homkv.vllm.store import Places, page_ids
 
@@ -51,6 +51,7 @@ class StepMetadata:
 class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vllm is untyped to us
     """Splits a batch into single tokens and chunks. On GPUs a CUDA graph may hold the step if there are no chunks."""
 
+    plan: ClassVar[BlockPlan]
     _cudagraph_support: ClassVar[Any] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
@@ -58,7 +59,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
         self._lasting: Lasting | None = None
         if torch.device(device).type != "cpu":
-            self._lasting = Lasting(vllm_config.scheduler_config.max_num_seqs, device)
+            max_rows = vllm_config.scheduler_config.max_num_seqs
+            self._lasting = Lasting(max_rows, self.plan.ring_blocks, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -67,18 +69,18 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
 
         Raises FormatError for an earlier step, UnsupportedError for a batch that is not causal throughout.
         """
-        batch, plan_block = common_attn_metadata, self.kv_cache_spec.block_size
+        batch = common_attn_metadata
         refuse_masks(batch)
         num_single = split_decodes_and_prefills(batch, decode_threshold=1)[0]
         chunks = self._chunks(batch, num_single)
         blocks = batch.block_table_tensor[: batch.num_reqs]
         if self._lasting is None:
             lengths = _host_lengths(batch)[:num_single]
-            blocks = blocks[:, : max(-(-batch.max_seq_len // plan_block), 1)]
-            tables = page_ids(blocks, plan_block // PAGE_TOKENS)
-            return StepMetadata(Places.of(lengths), chunks, batch.seq_lens, tables, None)
+            blocks = blocks[:, : max(ceil_div(batch.max_seq_len, self.plan.block_size), 1)]
+            tables = page_ids(blocks, self.plan.pages_per_block)
+            return StepMetadata(Places.of(lengths, self.plan.ring_blocks), chunks, batch.seq_lens, tables, None)
         self._lasting.check(wait=bool(chunks))
-        tables = page_ids(blocks, plan_block // PAGE_TOKENS)
+        tables = page_ids(blocks, self.plan.pages_per_block)
         places, lengths, tables = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
         return StepMetadata(places, chunks, lengths, tables, self._lasting.status)
 
@@ -128,10 +130,10 @@ class PagesBackend(AttentionBackend):  # type: ignore[misc]
 
         return type(f"{cls.plan.name}_Impl", (PagesImpl,), {"plan": cls.plan})
 
-    @staticmethod
-    def get_builder_cls() -> type[StepMetadataBuilder]:
+    @classmethod
+    def get_builder_cls(cls) -> type[StepMetadataBuilder]:
         """See :class:`StepMetadataBuilder`."""
-        return StepMetadataBuilder
+        return type(f"{cls.plan.name}_Builder", (StepMetadataBuilder,), {"plan": cls.plan})
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

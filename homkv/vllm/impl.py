@@ -17,7 +17,7 @@ from homkv.rope import pairing_of, rope_from_config
 from homkv.vllm.backend import Chunk, StepMetadata
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.exact import ExactLayer
-from homkv.vllm.store import Halves, LayerStore
+from homkv.vllm.store import LayerStore, Ring
 
 EXACT_PREFIX = "homkv.layers"
 
@@ -126,7 +126,7 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         n = len(step.places.at)
         if n:
             store.store_one(step.tables[:n], exact[:n], step.places, key[:n], value[:n], step.status)
-            view = store.view(step.tables[:n], exact[:n], store.halves(exact[:n], step.lengths[:n]), new=1)
+            view = store.view(step.tables[:n], exact[:n], store.ring(exact[:n], step.lengths[:n]), new=1)
             o, _ = api.attend(query[:n].unsqueeze(2), view, self.codec, self.scale)
             output[:n] = o.squeeze(2).to(output.dtype)
         for chunk, ring in zip(step.chunks, rings, strict=True):
@@ -139,9 +139,9 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
             output[chunk.at] = o[0].transpose(0, 1).to(output.dtype)
         return output
 
-    def _ring(self, store: LayerStore, exact: Tensor, chunk: Chunk) -> Halves | None:
+    def _ring(self, store: LayerStore, exact: Tensor, chunk: Chunk) -> Ring | None:
         """What a chunk finds of its own sequence's window; None if it is the first one."""
         if chunk.start == 0:
             return None
         before = torch.tensor([chunk.start], device=exact.device)
-        return store.halves(exact[chunk.row : chunk.row + 1], before)
+        return store.ring(exact[chunk.row : chunk.row + 1], before)

@@ -10,11 +10,14 @@ from homkv.vllm.store import Places
 
 
 class Lasting:
-    """Buffers for up to ``max_rows`` sequences on one device, and the word by which kernels report what went wrong."""
+    """Buffers for up to ``max_rows`` sequences on one device, and the word by which kernels report what went wrong.
 
-    def __init__(self, max_rows: int, device: torch.device | str) -> None:
-        self._max_rows, self._device = max_rows, torch.device(device)
-        self._places = Places.fixed(torch.zeros(max_rows, dtype=torch.int64, device=device))
+    ``ring_blocks``: see :class:`~homkv.vllm.blocks.BlockPlan`.
+    """
+
+    def __init__(self, max_rows: int, ring_blocks: int, device: torch.device | str) -> None:
+        self._max_rows, self._ring_blocks, self._device = max_rows, ring_blocks, torch.device(device)
+        self._places = Places.fixed(torch.zeros(max_rows, dtype=torch.int64, device=device), ring_blocks)
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._tables: Tensor | None = None
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
@@ -25,7 +28,7 @@ class Lasting:
         """Places of the first ``num_single`` of B sequences, ``lengths [B]`` and ``tables [B, num_pages]``, copied."""
         if self._tables is None:  # all tables of an engine are equally wide
             self._tables = tables.new_zeros(self._max_rows, tables.shape[1])
-        fresh = Places.fixed(lengths[:num_single])
+        fresh = Places.fixed(lengths[:num_single], self._ring_blocks)
         kept = Places(*(_kept(getattr(self._places, x.name), getattr(fresh, x.name)) for x in fields(Places)))
         return kept, _kept(self._lengths, lengths), _kept(self._tables, tables)
 
