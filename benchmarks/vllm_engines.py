@@ -157,7 +157,8 @@ def apart(kv: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """The record of an engine in a process of its own; None, after the end of its output, if it failed."""
     own = [sys.executable, __file__, *sys.argv[1:], "--one"]
     own = [x for i, x in enumerate(own) if x != "--kv" and own[i - 1] != "--kv"] + ["--kv", kv]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # vLLM would sample with FlashInfer, and refuse to start where that is not installed.
+    environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     process = subprocess.Popen(own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     limit = threading.Timer(options.timeout_s, process.kill)
     limit.start()

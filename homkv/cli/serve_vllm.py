@@ -140,8 +140,8 @@ def _rows_format(name: str) -> RowsSpec:
         )
     if base != name or (name in format_names() and name not in ALL_PRESETS):
         raise UnsupportedError(
-            f"expected a rows format ({', '.join(ALL_PRESETS)} or kABCDvEFGH[wN]) inside vLLM, found {name}; serve it with "
-            "--engine homkv"
+            f"expected a rows format ({', '.join(ALL_PRESETS)} or kABCDvEFGH[wN]) inside vLLM, found {name}; serve it "
+            "with --engine homkv"
         )
     return RowsSpec.parse(name)
 

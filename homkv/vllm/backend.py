@@ -38,7 +38,8 @@ class StepMetadata:
     """One step's batch: sequences with a single token first, then chunks of prompts. Layers share it.
 
     ``places``: of the single tokens; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids;
-    ``status [1] int32``: what GPU kernels report of single tokens, None where encoding raises by itself.
+    ``status [1] int32``: what GPU kernels report of single tokens, None where encoding raises by itself; ``pages``:
+    the single tokens' tables without page 0, on GPUs.
     """
 
     places: Places
@@ -46,6 +47,7 @@ class StepMetadata:
     lengths: Tensor
     tables: Tensor
     status: Tensor | None
+    pages: Tensor | None = None
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vllm is untyped to us
@@ -81,8 +83,8 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
             return StepMetadata(Places.of(lengths, self.plan.ring_blocks), chunks, batch.seq_lens, tables, None)
         self._lasting.check(wait=bool(chunks))
         tables = page_ids(blocks, self.plan.pages_per_block)
-        places, lengths, tables = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
-        return StepMetadata(places, chunks, lengths, tables, self._lasting.status)
+        kept = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
+        return StepMetadata(kept.places, chunks, kept.lengths, kept.tables, self._lasting.status, kept.pages)
 
     def _chunks(self, batch: CommonAttentionMetadata, num_single: int) -> list[Chunk]:
         if num_single == batch.num_reqs:

@@ -125,8 +125,9 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
             store.store_many(table, blocks, chunk.start, key[chunk.at], value[chunk.at], ring)
         n = len(step.places.at)
         if n:
-            store.store_one(step.tables[:n], exact[:n], step.places, key[:n], value[:n], step.status)
-            view = store.view(step.tables[:n], exact[:n], store.ring(exact[:n], step.lengths[:n]), new=1)
+            view = store.step(
+                step.tables[:n], exact[:n], step.places, step.lengths[:n], key[:n], value[:n], step.status, step.pages
+            )
             o, _ = api.attend(query[:n].unsqueeze(2), view, self.codec, self.scale)
             output[:n] = o.squeeze(2).to(output.dtype)
         for chunk, ring in zip(step.chunks, rings, strict=True):

@@ -3,9 +3,9 @@
 Page j holds tokens ``[64 j, 64 j + 64)``. Unlike elsewhere in homkv the first 64 tokens, not 4, are sinks: so pages
 never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as soon as its last token is there.
 Attention nevertheless reads the newest 64 to 127 stored tokens exactly, and beside them the token that it is computed
-for (with a window of N: N to N + 63). They lie in a ring of R = N / 64 + 1 blocks: page j's tokens, ``t div 64 = j``, in
-block ``(j - 1) mod R`` at ``t mod 64``. The place is a function of the position, so storing a token twice, as the decode
-side of a transfer does with the last prompt token, leaves the same bytes.
+for (with a window of N: N to N + 63). They lie in a ring of R = N / 64 + 1 blocks: page j's tokens in block
+``(j - 1) mod R``, token t at ``t mod 64``. The place is a function of the position, so storing a token twice, as the
+decode side of a transfer does with the last prompt token, leaves the same bytes.
 
 A full block carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand
 for page j only while the tag names the page that the sequence's own page table points to. So a ring block that was
@@ -189,6 +189,29 @@ class LayerStore:
 
     def _tag(self, blocks: Tensor, index: Tensor, page_ids: Tensor) -> None:
         self.tags[blocks] = torch.stack((index, self.digest(page_ids)), -1)
+
+    def step(
+        self,
+        tables: Tensor,
+        exact: Tensor,
+        places: Places,
+        lengths: Tensor,
+        k: Tensor,
+        v: Tensor,
+        status: Tensor | None = None,
+        page_table: Tensor | None = None,
+    ) -> LayerView:
+        """:meth:`store_one`, and the view of the sequences' ``lengths [B]`` tokens that the new ones attend to.
+
+        With ``status`` and ``page_table [B, num_pages - 1] int32``, the tables without page 0, in a few kernels.
+        """
+        if status is not None and page_table is not None and api.resolve_impl(self.codec, None, k.device) == "triton":
+            from homkv.attention.triton import blocks  # Triton is optional
+
+            memory = blocks.ExactBlocks(self.exact_k, self.exact_v, self.tags, MULTIPLIER)
+            return blocks.step(k, v, self.pool, memory, exact, lengths, page_table, self.codec, status)
+        self.store_one(tables, exact, places, k, v, status)
+        return self.view(tables, exact, self.ring(exact, lengths), new=1)
 
     # -- attending -----------------------------------------------------------------------------------------------------
 

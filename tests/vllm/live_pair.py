@@ -28,7 +28,7 @@ from homkv.vllm.proxy import prefill_body
 
 PLAN = BlockPlan.of(RowsSpec.parse("balanced"), HEAD_DIM)
 OTHER = "balanced-long"  # the same pages behind a longer window: only the name tells the servers apart
-LEASE_S = 30  # longer than a busy machine takes from the end of a prefill to the fetch
+LEASE_S = 20  # longer than a busy machine takes from the end of a prefill to the fetch
 FREED_S = 300
 NEW_TOKENS = 8
 
@@ -55,9 +55,25 @@ Record = Callable[[str, object], None]
 client = httpx.Client(timeout=1800)
 
 
+def calm(*pids: int) -> None:
+    """NIXL's progress threads poll without rest (docs/vllm.md). From now on they take little from who else has work."""
+    processes = [p for pid in pids for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+
+    def seconds() -> dict[int, float]:
+        threads = ((p.pid, thread) for p in processes for thread in p.threads())
+        return {thread.id: thread.user_time + thread.system_time for pid, thread in threads if thread.id != pid}
+
+    before = seconds()
+    time.sleep(1)
+    for thread, after in seconds().items():
+        if after - before.get(thread, after) > 0.1:
+            os.setpriority(os.PRIO_PROCESS, thread, 19)
+
+
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     with Fleet([PREFILL, DECODE, ROUTER], lambda name, text: print(f"{name}: {text}")) as running:
+        calm(running.pid(PREFILL.name), running.pid(DECODE.name))
         yield running
 
 
@@ -176,13 +192,6 @@ def test_prefill_blocks_are_freed_when_they_were_fetched(fleet: Fleet) -> None:
     await_freed(DECODE.url)
 
 
-def test_prefill_blocks_that_nobody_fetches_are_freed_with_their_lease(fleet: Fleet, ids: list[int]) -> None:
-    params = {"do_remote_decode": True, "do_remote_prefill": False}
-    assert ask(PREFILL.url, ids[5:205], count=1, kv_transfer_params=params).status_code == 200
-    assert metric(PREFILL.url, "vllm:kv_cache_usage_perc") > 0
-    await_freed(PREFILL.url)
-
-
 def stream_until(prompt: list[int], kill: Fleet) -> list[dict[str, object] | str]:
     """Stream a long answer and take the decode server away behind its third event."""
     events: list[dict[str, object] | str] = []
@@ -203,19 +212,25 @@ def test_a_decode_server_dies_and_the_client_is_told(fleet: Fleet, ids: list[int
     assert isinstance(events[-1], dict)
     assert "error" in events[-1]
     assert ask(ROUTER.url, ids[:100]).status_code == 502
-    await_freed(PREFILL.url)
+    assert metric(PREFILL.url, "vllm:kv_cache_usage_perc") > 0  # for a while: the next test but one
 
 
 def test_a_restarted_decode_server_answers_in_full(
     fleet: Fleet, other: ByCommand, ids: list[int], record_property: Record
 ) -> None:
     fleet.add(DECODE)  # while the other one starts
+    calm(fleet.pid(DECODE.name))
     prompt = ids[20:220]
     compare(prompt, answer(ROUTER.url, prompt), record_property)
 
 
+def test_prefill_blocks_that_nobody_fetched_were_freed_with_their_lease(fleet: Fleet) -> None:
+    await_freed(PREFILL.url)
+
+
 def test_the_command_serves_a_longer_window(other: ByCommand, ids: list[int], record_property: Record) -> None:
     other.await_ready()
+    calm(other.process.pid)
     prompt = ids[30:530]
     compare(prompt, answer(other.url, prompt), record_property, kv=OTHER, apart=False)
 
@@ -227,7 +242,6 @@ def test_another_format_is_refused_at_the_handshake(fleet: Fleet, other: ByComma
     found = ask(other.url, ids[:200], kv_transfer_params=params)
     assert found.status_code >= 500, found.text
     assert "compatibility hash mismatch" in other.server_log.read_text(errors="replace")
-    await_freed(PREFILL.url)
 
 
 def test_the_command_stops_everything_that_it_started(other: ByCommand) -> None:
@@ -236,3 +250,7 @@ def test_the_command_stops_everything_that_it_started(other: ByCommand) -> None:
     assert other.stop() == 0
     assert "all servers stopped" in other.log.read_text()
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_prefill_blocks_for_the_refused_one_are_freed(fleet: Fleet) -> None:
+    await_freed(PREFILL.url)

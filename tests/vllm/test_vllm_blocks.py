@@ -55,10 +55,13 @@ def test_unused_bytes_are_counted_one_by_one() -> None:
     assert plan.unused_bytes(1000, 64) == 6 * page + 3 * (7 * page - exact)
 
 
-@pytest.mark.parametrize(("preset", "name"), [
-    ("balanced", "HOMKV_K4420V2222_P1_L1_B448"),
-    ("small-long", "HOMKV_K4220V2222W192_P1_L1_B512"),
-])
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("balanced", "HOMKV_K4420V2222_P1_L1_B448"),
+        ("small-long", "HOMKV_K4220V2222W192_P1_L1_B512"),
+    ],
+)
 def test_a_name_says_everything_and_is_read_back(preset: str, name: str) -> None:
     plan = BlockPlan.of(RowsSpec.parse(preset), 128)
     assert plan.name == name

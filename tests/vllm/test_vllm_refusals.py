@@ -43,10 +43,13 @@ def test_a_head_dim_that_no_page_has() -> None:
         _plan("balanced", 72, "bfloat16")
 
 
-@pytest.mark.parametrize(("name", "backend"), [
-    ("balanced-long", "HOMKV_K4420V2222W192_P1_L1_B448"),
-    ("k4420v2222w128", "HOMKV_K4420V2222W128_P1_L1_B448"),
-])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("balanced-long", "HOMKV_K4420V2222W192_P1_L1_B448"),
+        ("k4420v2222w128", "HOMKV_K4420V2222W128_P1_L1_B448"),
+    ],
+)
 def test_longer_windows_are_served(name: str, backend: str) -> None:
     assert _plan(name, 128, "bfloat16").name == backend
 

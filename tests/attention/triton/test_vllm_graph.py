@@ -14,7 +14,7 @@ from homkv.errors import FormatError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import RowsSpec
 from homkv.vllm.blocks import BlockPlan
-from homkv.vllm.lasting import Lasting
+from homkv.vllm.lasting import Kept, Lasting
 from homkv.vllm.store import LayerStore, Places, page_ids
 
 HEADS, DIM, ROWS, MAX_ROWS = 2, 64, 4, 5
@@ -58,14 +58,14 @@ class Decode:
         blocks = blocks_of(plan).to(device)
         self.blocks[:3], self.exact[:3] = blocks[:, :1], blocks[:, 1:]
 
-    def metadata(self, lengths: list[int]) -> tuple[Places, Tensor, Tensor]:
+    def metadata(self, lengths: list[int]) -> Kept:
         there = torch.tensor([*lengths, 0], dtype=torch.int32, device=self.device)
         return self.lasting.keep(4, there, page_ids(self.blocks, self.store.plan.pages_per_block))
 
     def run(self) -> None:
-        places, lengths, tables = self.kept
-        self.store.store_one(tables, self.exact, places, self.k, self.v, self.lasting.status)
-        view = self.store.view(tables, self.exact, self.store.ring(self.exact, lengths), new=1)
+        kept, status = self.kept, self.lasting.status
+        rows = kept.tables, self.exact, kept.places, kept.lengths
+        view = self.store.step(*rows, self.k, self.v, status, kept.pages)
         self.o.copy_(api.attend(self.q, view, self.store.codec, DIM**-0.5)[0])
 
     def captured(self) -> Callable[[], None]:
@@ -117,11 +117,14 @@ def test_the_kernels_take_such_steps(device: torch.device, monkeypatch: pytest.M
 
 def test_metadata_stays_where_it_was(device: torch.device) -> None:
     decode = Decode(filled(device), device)
-    before = [x.data_ptr() for x in (*vars(decode.kept[0]).values(), *decode.kept[1:])]
-    after = decode.metadata([128, 251, 64])
-    assert [x.data_ptr() for x in (*vars(after[0]).values(), *after[1:])] == before
-    assert decode.kept[1].tolist() == [128, 251, 64, 0]
-    assert decode.kept[0].full.tolist() == [True, False, False, False]
+    kept = decode.kept
+
+    def addresses(found: Kept) -> list[int]:
+        return [x.data_ptr() for x in (*vars(found.places).values(), found.lengths, found.tables, found.pages)]
+
+    assert addresses(decode.metadata([128, 251, 64])) == addresses(kept)
+    assert kept.lengths.tolist() == [128, 251, 64, 0]
+    assert kept.places.full.tolist() == [True, False, False, False]
 
 
 def test_a_page_that_cannot_be_encoded_is_reported_before_anything_reads_it(
@@ -131,7 +134,7 @@ def test_a_page_that_cannot_be_encoded_is_reported_before_anything_reads_it(
     monkeypatch.setattr(api, "resolve_impl", lambda *_: "triton")
     decode.lasting.check(wait=True)
     decode.k[0, 0, 5] = torch.inf
-    places, _, tables = decode.metadata([128, 251, 64])
-    decode.store.store_one(tables, decode.exact, places, decode.k, decode.v, decode.lasting.status)
+    decode.metadata([128, 251, 64])
+    decode.run()
     with pytest.raises(FormatError, match="not finite"):
         decode.lasting.check(wait=True)
