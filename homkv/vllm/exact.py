@@ -64,7 +64,7 @@ class ExactManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     """Gives a sequence its blocks as it grows to a few, and shares the first one with sequences of the same prefix."""
 
     def _missing(self, request_id: str, num_tokens: int, hits: int = 0) -> int:
-        needed = min(ceil_div(num_tokens, self.block_size), self.kv_cache_spec.exact_blocks)
+        needed = min(ceil_div(num_tokens, self.block_size), int(self.kv_cache_spec.exact_blocks))
         return max(needed - len(self.req_to_blocks.get(request_id, ())) - hits, 0)
 
     def _claim(self, request_id: str, num_tokens: int) -> list[Any]:
