@@ -54,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=600, help="for each engine")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has: compiles the same kernels sooner")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--profile", type=Path, help="folder for kernels and host functions by time, after the run")
     parser.add_argument("--out", type=Path, help="JSONL to append to")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -130,6 +131,8 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     start = time.perf_counter()
     outputs = llm.generate(prompts, greedy, use_tqdm=False)
     wall_s = time.perf_counter() - start
+    if options.profile:
+        profile(llm, prompts, options.profile / f"{kv}.txt")
     counts = [len(output.outputs[0].token_ids) for output in outputs]
     assert counts == [options.new_tokens] * options.prompts
     times = [output.metrics for output in outputs if output.metrics is not None]
@@ -146,6 +149,26 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }  # fmt: skip
+
+
+def profile(llm: Any, prompts: Any, path: Path) -> None:
+    """Tables of 40 steps that decode all prompts behind their first tokens: GPU time by kernel, host time by function."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from vllm import SamplingParams
+
+    short = [{"prompt_token_ids": prompt["prompt_token_ids"][:512]} for prompt in prompts]
+    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as found:
+        llm.generate(short, greedy, use_tqdm=False)
+    wall_s, rows = time.perf_counter() - start, found.key_averages()
+    gpu_s = sum(row.self_device_time_total for row in rows) / 1e6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    by = ["self_cpu_time_total", *(["self_device_time_total"] if torch.cuda.is_available() else [])]
+    tables = [rows.table(sort_by=name, row_limit=60, max_name_column_width=80) for name in by]
+    path.write_text("\n".join((f"{wall_s:.3f} s, of which the GPU was busy for {gpu_s:.3f} s", *tables)))
 
 
 def say(text: str) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/vllm_step.py --kv balanced --batch 18 --tokens 16640
 
-No vLLM needed: the blocks are laid out as vLLM lays them out. "planned in torch" is the same step by torch functions.
+No vLLM needed: the blocks are laid out as vLLM lays them out.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from homkv.attention import api
+from homkv.attention.view import LayerView
 from homkv.formats.rows import RowsCodec
 from homkv.spec import RowsSpec
 from homkv.vllm.blocks import BlockPlan, ceil_div
@@ -72,24 +73,19 @@ def main() -> None:
     plan, batch = BlockPlan.of(RowsSpec.parse(options.kv), DIM), options.batch
     torch.manual_seed(0)
     store, tables, exact = filled(plan, batch, options.tokens)
-    lasting = Lasting(batch, plan.ring_blocks, GPU)
     lengths = torch.full((batch,), options.tokens + 1, dtype=torch.int32, device=GPU)
-    kept, status = lasting.keep(batch, lengths, tables), lasting.status
+    kept = Lasting(batch, GPU).keep(batch, lengths, tables)
     k, v = (torch.randn(batch, HEADS, DIM, dtype=torch.bfloat16, device=GPU) for _ in "kv")
     q = torch.randn(batch, ROWS, 1, DIM, dtype=torch.bfloat16, device=GPU)
 
-    def in_torch() -> object:
-        store.store_one(kept.tables, exact, kept.places, k, v, status)
-        return store.view(kept.tables, exact, store.ring(exact, kept.lengths), new=1)
+    def store_and_view() -> LayerView:
+        return store.step(kept.pages, exact, kept.lengths, k, v, kept.status)
 
-    def in_kernels() -> object:
-        return store.step(kept.tables, exact, kept.places, kept.lengths, k, v, status, kept.pages)
-
-    view = store.step(kept.tables, exact, kept.places, kept.lengths, k, v, status, kept.pages)
+    view = store_and_view()
     parts: dict[str, Callable[[], object]] = {
-        "planned in torch": in_torch, "planned in kernels": in_kernels,
+        "store, seal, lay out": store_and_view,
         "attention": lambda: api.attend(q, view, store.codec, DIM**-0.5),
-    }  # fmt: skip
+    }
     found = {name: microseconds(part) for name, part in parts.items()}
     record = {"kv": options.kv, "batch": batch, "tokens": options.tokens, "us": found}
     record |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

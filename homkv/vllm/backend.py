@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from homkv.errors import UnsupportedError
 from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import BlockPlan, ceil_div
-from homkv.vllm.lasting import Lasting
+from homkv.vllm.lasting import Kept, Lasting
 from homkv.vllm.store import Places, page_ids
 
 
@@ -37,17 +37,15 @@ class Chunk:
 class StepMetadata:
     """One step's batch: sequences with a single token first, then chunks of prompts. Layers share it.
 
-    ``places``: of the single tokens; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids;
-    ``status [1] int32``: what GPU kernels report of single tokens, None where encoding raises by itself; ``pages``:
-    the single tokens' tables without page 0, on GPUs.
+    ``num_single``: of the former; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids;
+    ``planned``: where the single tokens go, or what kernels need to find that out on a GPU.
     """
 
-    places: Places
+    num_single: int
     chunks: list[Chunk]
     lengths: Tensor
     tables: Tensor
-    status: Tensor | None
-    pages: Tensor | None = None
+    planned: Places | Kept
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vllm is untyped to us
@@ -61,8 +59,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
         self._lasting: Lasting | None = None
         if torch.device(device).type != "cpu":
-            max_rows = vllm_config.scheduler_config.max_num_seqs
-            self._lasting = Lasting(max_rows, self.plan.ring_blocks, device)
+            self._lasting = Lasting(vllm_config.scheduler_config.max_num_seqs, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -80,11 +77,12 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
             lengths = _host_lengths(batch)[:num_single]
             blocks = blocks[:, : max(ceil_div(batch.max_seq_len, self.plan.block_size), 1)]
             tables = page_ids(blocks, self.plan.pages_per_block)
-            return StepMetadata(Places.of(lengths, self.plan.ring_blocks), chunks, batch.seq_lens, tables, None)
+            places = Places.of(lengths, self.plan.ring_blocks)
+            return StepMetadata(num_single, chunks, batch.seq_lens, tables, places)
         self._lasting.check(wait=bool(chunks))
         tables = page_ids(blocks, self.plan.pages_per_block)
         kept = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
-        return StepMetadata(kept.places, chunks, kept.lengths, kept.tables, self._lasting.status, kept.pages)
+        return StepMetadata(num_single, chunks, kept.lengths, kept.tables, kept)
 
     def _chunks(self, batch: CommonAttentionMetadata, num_single: int) -> list[Chunk]:
         if num_single == batch.num_reqs:

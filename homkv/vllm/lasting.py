@@ -1,33 +1,31 @@
 """A step's metadata at addresses that stay: what a captured CUDA graph reads at every replay. Knows nothing of vLLM."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from homkv.errors import FormatError
-from homkv.vllm.store import Places
 
 
 @dataclass(frozen=True)
 class Kept:
-    """``places`` and ``pages [n, num_pages - 1]`` of a step's single tokens, ``lengths tables`` of all sequences."""
+    """``lengths [B] tables [B, num_pages]`` of a step's sequences; ``pages``: tables of single tokens without page 0.
 
-    places: Places
+    ``status [1] int32``: what kernels report of single tokens.
+    """
+
     lengths: Tensor
     tables: Tensor
     pages: Tensor
+    status: Tensor
 
 
 class Lasting:
-    """Buffers for up to ``max_rows`` sequences on one device, and the word by which kernels report what went wrong.
+    """Buffers for up to ``max_rows`` sequences on one device, and the word by which kernels report what went wrong."""
 
-    ``ring_blocks``: see :class:`~homkv.vllm.blocks.BlockPlan`.
-    """
-
-    def __init__(self, max_rows: int, ring_blocks: int, device: torch.device | str) -> None:
-        self._max_rows, self._ring_blocks, self._device = max_rows, ring_blocks, torch.device(device)
-        self._places = Places.fixed(torch.zeros(max_rows, dtype=torch.int64, device=device), ring_blocks)
+    def __init__(self, max_rows: int, device: torch.device | str) -> None:
+        self._max_rows, self._device = max_rows, torch.device(device)
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._tables: Tensor | None = None
         self._pages: Tensor | None = None
@@ -40,10 +38,8 @@ class Lasting:
         if self._tables is None or self._pages is None:  # all tables of an engine are equally wide
             self._tables = tables.new_zeros(self._max_rows, tables.shape[1])
             self._pages = tables.new_zeros(self._max_rows, tables.shape[1] - 1)
-        fresh = Places.fixed(lengths[:num_single], self._ring_blocks)
-        kept = Places(*(_kept(getattr(self._places, x.name), getattr(fresh, x.name)) for x in fields(Places)))
         pages = _kept(self._pages, tables[:num_single, 1:])
-        return Kept(kept, _kept(self._lengths, lengths), _kept(self._tables, tables), pages)
+        return Kept(_kept(self._lengths, lengths), _kept(self._tables, tables), pages, self.status)
 
     def check(self, wait: bool) -> None:
         """Raise FormatError if a page could not be encoded, in the step before the last one, or in the last one.

@@ -13,7 +13,7 @@ just allocated, for a sequence that starts behind cached pages, is never mistake
 pages are read as pages until the ring has filled.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -26,7 +26,6 @@ from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import TAG_BYTES, BlockPlan
 
-NULL_BLOCK = 0  # vLLM gives it to nobody: what is written there is never read
 MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: the golden ratio's, as a signed 64-bit number
 
 
@@ -52,34 +51,23 @@ class Ring:
 class Places:
     """Where one new token of each of B sequences goes; the same in every layer.
 
-    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page may be full
-    with it, ``pages [m]``: that page, ``full [m] bool``: whether it is. The rest int64; all on one device.
+    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page is full with
+    it, ``pages [m]``: that page. All int64 and on one device.
     """
 
     column: Tensor
     at: Tensor
     due: Tensor
     pages: Tensor
-    full: Tensor
 
     @classmethod
     def of(cls, lengths: Tensor, ring_blocks: int) -> "Places":
-        """For tokens at position ``lengths - 1``. On the host: ``due`` names the full pages and no other."""
-        fixed = cls.fixed(lengths, ring_blocks)
-        due = fixed.due[fixed.full]
-        return replace(fixed, due=due, pages=fixed.pages[due], full=fixed.full[due])
-
-    @classmethod
-    def fixed(cls, lengths: Tensor, ring_blocks: int) -> "Places":
-        """The same in shapes that depend on B alone and without reading anything back: ``due`` names every sequence.
-
-        A length of 0 stands for none: its token goes to the block that its table names, the first one's start.
-        """
-        position = (lengths.long() - 1).clamp(min=0)
+        """For tokens at position ``lengths - 1``."""
+        position = lengths.long() - 1
         page, at = position // PAGE_TOKENS, position % PAGE_TOKENS
         column = torch.where(page > 0, 1 + place_of(page, ring_blocks), 0).unsqueeze(1)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        return cls(column, at, rows, page, (at == PAGE_TOKENS - 1) & (page > 0))
+        due = ((at == PAGE_TOKENS - 1) & (page > 0)).nonzero().squeeze(1)
+        return cls(column, at, due, page[due])
 
 
 def page_ids(table: Tensor, pages_per_block: int) -> Tensor:
@@ -126,24 +114,18 @@ class LayerStore:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    def store_one(
-        self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor, status: Tensor | None = None
-    ) -> None:
+    def store_one(self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor) -> None:
         """Store one token of each sequence, ``k v [B, G, D]``, and the pages that it fills.
 
-        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 1 + R]`` block ids; ``status``: see homkv's encode.
-        What is due but not full becomes a page of zeros in the null block. So with :meth:`Places.fixed` and a status
-        every step does the same, and a CUDA graph can hold it.
+        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 1 + R]`` block ids.
         """
         blocks = exact.long().gather(1, places.column).squeeze(1)
         self.exact_k[blocks, :, places.at] = k.to(self.exact_k.dtype)
         self.exact_v[blocks, :, places.at] = v.to(self.exact_v.dtype)
         if len(places.due):
-            ids = torch.where(places.full, tables[places.due, places.pages], NULL_BLOCK * self.plan.pages_per_block)
-            source, full = blocks[places.due], places.full[:, None, None, None]
-            tokens_k, tokens_v = (torch.where(full, x[source], 0) for x in (self.exact_k, self.exact_v))
-            self._encode(tokens_k, tokens_v, ids, status)
-            self._tag(torch.where(places.full, source, NULL_BLOCK), places.pages, ids)
+            ids, source = tables[places.due, places.pages], blocks[places.due]
+            self._encode(self.exact_k[source], self.exact_v[source], ids)
+            self._tag(source, places.pages, ids)
 
     def store_many(self, table: Tensor, exact: Tensor, start: int, k: Tensor, v: Tensor, before: Ring | None) -> None:
         """Store tokens ``[start, start + T)`` of one sequence, ``k v [T, G, D]``; pages as they fill.
@@ -182,36 +164,24 @@ class LayerStore:
         assert before is not None  # there is a ring where there was a token
         return before.k[0, self._place_of(index)], before.v[0, self._place_of(index)]
 
-    def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor, status: Tensor | None = None) -> None:
+    def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor) -> None:
         """``k v [n, G, 64, D]`` become pages ``page_ids [n]``."""
         k, v = (x.transpose(0, 1).flatten(1, 2).contiguous() for x in (k, v))
-        self.pool[page_ids.long()] = api.encode(self.codec, k, v, status=status)
+        self.pool[page_ids.long()] = api.encode(self.codec, k, v)
 
     def _tag(self, blocks: Tensor, index: Tensor, page_ids: Tensor) -> None:
         self.tags[blocks] = torch.stack((index, self.digest(page_ids)), -1)
 
-    def step(
-        self,
-        tables: Tensor,
-        exact: Tensor,
-        places: Places,
-        lengths: Tensor,
-        k: Tensor,
-        v: Tensor,
-        status: Tensor | None = None,
-        page_table: Tensor | None = None,
-    ) -> LayerView:
-        """:meth:`store_one`, and the view of the sequences' ``lengths [B]`` tokens that the new ones attend to.
+    def step(self, pages: Tensor, exact: Tensor, lengths: Tensor, k: Tensor, v: Tensor, status: Tensor) -> LayerView:
+        """:meth:`store_one` and :meth:`view` in a few kernels, which a CUDA graph can hold: the same whatever is due.
 
-        With ``status`` and ``page_table [B, num_pages - 1] int32``, the tables without page 0, in a few kernels.
+        ``pages [B, num_pages - 1] int32``: the tables without page 0; ``lengths [B] int32`` with the new token, 0 for
+        no sequence; ``status [1] int32``: set by values that the format cannot hold.
         """
-        if status is not None and page_table is not None and api.resolve_impl(self.codec, None, k.device) == "triton":
-            from homkv.attention.triton import blocks  # Triton is optional
+        from homkv.attention.triton import blocks  # Triton is optional
 
-            memory = blocks.ExactBlocks(self.exact_k, self.exact_v, self.tags, MULTIPLIER)
-            return blocks.step(k, v, self.pool, memory, exact, lengths, page_table, self.codec, status)
-        self.store_one(tables, exact, places, k, v, status)
-        return self.view(tables, exact, self.ring(exact, lengths), new=1)
+        memory = blocks.ExactBlocks(self.exact_k, self.exact_v, self.tags, MULTIPLIER)
+        return blocks.step(k, v, self.pool, memory, exact, lengths, pages, self.codec, status)
 
     # -- attending -----------------------------------------------------------------------------------------------------
 

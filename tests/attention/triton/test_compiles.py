@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize(
     "launches",
-    ["test_decode.py", "test_encode.py", "test_hack_encode.py", "test_vllm_graph.py", "test_warp.py", "test_window.py"],
+    ["test_decode.py", "test_encode.py", "test_hack_encode.py", "test_blocks.py", "test_warp.py", "test_window.py"],
 )
 def test_launches_compile(launches: str) -> None:
     command = [
