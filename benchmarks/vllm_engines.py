@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
 
 
 def profile(llm: Any, prompts: Any, path: Path) -> None:
-    """Tables of 40 steps that decode all prompts behind their first tokens: GPU time by kernel, host time by function."""
+    """Tables of 40 steps that decode all prompts' first 512 tokens: GPU time by kernel, host time by function."""
     import torch
     from torch.profiler import ProfilerActivity
     from vllm import SamplingParams
