@@ -1,7 +1,6 @@
 """``homkv serve --engine vllm``: stock vLLM with pages as its KV cache, prefill and decode apart, by one command."""
 
 import importlib.util
-import os
 import shutil
 import signal
 import sys
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from homkv.cores import num_cores
 from homkv.errors import UnsupportedError
 from homkv.plan import BASE
 from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, RowsSpec
@@ -60,7 +60,7 @@ def serve(
         python="python" if dry_run else sys.executable,
         extra=tuple(ctx.args),
     )
-    wanted = commands(options, len(os.sched_getaffinity(0)))
+    wanted = commands(options, num_cores())
     if dry_run:
         typer.echo("\n\n".join(f"# {command.name}: {command.url}\n{command.shell()}" for command in wanted))
     else:
