@@ -14,7 +14,7 @@ from rich.table import Table
 from homkv.cores import num_cores
 from homkv.errors import UnsupportedError
 from homkv.plan import BASE
-from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, PRESETS, RowsSpec
+from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, RowsSpec
 
 if TYPE_CHECKING:
     from homkv.vllm.blocks import BlockPlan
@@ -140,8 +140,8 @@ def _rows_format(name: str) -> RowsSpec:
         )
     if base != name or (name in format_names() and name not in ALL_PRESETS):
         raise UnsupportedError(
-            f"expected a rows format ({', '.join(PRESETS)} or kABCDvEFGH) inside vLLM, found {name}; serve it with "
-            "--engine homkv"
+            f"expected a rows format ({', '.join(ALL_PRESETS)} or kABCDvEFGH[wN]) inside vLLM, found {name}; serve it "
+            "with --engine homkv"
         )
     return RowsSpec.parse(name)
 
