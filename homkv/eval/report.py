@@ -11,8 +11,8 @@ from msgspec import to_builtins
 from rich import box
 from rich.table import Table
 
-from homkv.bootstrap import Estimate
-from homkv.eval.record import CALIBRATION, Case, Record, Size, Speed
+from homkv.bootstrap import Estimate, resolved
+from homkv.eval.record import CALIBRATION, EXACT, Case, Record, Size, Speed
 from homkv.eval.sizes import LONG, WIDE
 from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
 from homkv.formats import make_codec, parse_options
@@ -53,6 +53,7 @@ class Report:
                 for setting, rows in self.others.items()
             ],
             "sizes": {name: to_builtins(size) for name, size in self.sizes.items()},
+            "speeds": {name: to_builtins(speed) for name, speed in self.speeds.items()},
             "unresolved": [list(pair) for pair in self.unresolved],
             "failed": list(self.failed),
         }
@@ -122,15 +123,33 @@ def cells(report: Report, row: Summary) -> tuple[str, ...]:
     )
 
 
-WRITTEN = ("format", "tokens before it leaves the exact model", "texts", "edit similarity of code", "passes")
+WRITTEN = (
+    *("format", "tokens before it leaves the exact model", "texts", "more than all in bfloat16"),
+    *("edit similarity of code", "passes"),
+)
+INTERVALS = ("format", "perplexity / exact", "top-1", "KL, last less first quarter", "pass-keys", "copies")
 
 
 def written_rows(report: Report) -> list[tuple[str, ...]]:
     """What formats wrote by themselves, under WRITTEN: greedy continuations and code."""
     return [
-        (shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.similarity, 3), str(s.passed))
+        (
+            *(shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.longer_than_bf16, 1)),
+            *(interval(s.similarity, 3), str(s.passed)),
+        )
         for s in report.summaries
         if s.diverges is not None or s.similarity is not None
+    ]
+
+
+def interval_rows(report: Report) -> list[tuple[str, ...]]:
+    """Intervals of what the main table gives without one, under INTERVALS."""
+    return [
+        (
+            *(shown(s.format), interval(s.perplexity_ratio), interval(s.top1, 3), interval(s.drift_change)),
+            *(interval(s.passkey.share, 2), interval(s.copy.share, 2)),
+        )
+        for s in report.summaries
     ]
 
 
@@ -149,6 +168,12 @@ def other_rows(report: Report) -> list[tuple[str, ...]]:
     return [(shown(name), *(cell(name, setting) for setting in report.others)) for name in order]
 
 
+def length_rows(report: Report, lengths: Sequence[int]) -> list[tuple[str, ...]]:
+    """Pass-keys by length of the prompt; none where there is one length only."""
+    rows = [s for s in report.summaries if s.passkey.total and len(lengths) > 1]
+    return [(shown(s.format), *(str(s.passkey_by_length.get(n, "–")) for n in lengths)) for s in rows]
+
+
 def drift_rows(report: Report) -> list[tuple[str, ...]]:
     """KL by quarters of the scored tokens, where these are most."""
     settings = ([report.main] if report.main else []) + list(report.others)
@@ -162,9 +187,12 @@ def drift_rows(report: Report) -> list[tuple[str, ...]]:
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Everything but the main table: title, headings, rows."""
     settings = tuple(map(str, report.others))
+    lengths = sorted({n for s in report.summaries for n in s.passkey_by_length})
     quarters = ("format", *(f"quarter {i}" for i in range(1, QUARTERS + 1)))
     found = [
+        ("95 % intervals of the rest", INTERVALS, interval_rows(report)),
         ("Written greedily", WRITTEN, written_rows(report)),
+        ("Pass-keys by tokens of the prompt", ("format", *(f"{n:,}" for n in lengths)), length_rows(report, lengths)),
         ("KL at other lengths (prefix + scored tokens) and prefills", ("format", *settings), other_rows(report)),
         ("Drift: KL by quarters of the longest scored tail", quarters, drift_rows(report)),
     ]
@@ -176,9 +204,20 @@ def notes(report: Report) -> list[str]:
     most = max((s.num_texts for s in report.summaries), default=0)
     fewer = [f"{shown(s.format)} ({s.num_texts})" for s in report.summaries if 0 < s.num_texts < most]
     found = [f"not resolved: {shown(a)} and {shown(b)}" for a, b in report.unresolved]
+    found += [
+        f"not resolved: whether {shown(s.format)} follows the exact model longer or shorter than bfloat16 does"
+        for s in report.summaries
+        if s.longer_than_bf16 is not None and not resolved(s.longer_than_bf16) and s.format != EXACT
+    ]
     if fewer:
         found.append(f"on fewer than {most} texts, so not on the same tokens as the rest: {', '.join(fewer)}")
+    found += [f"x 16-bit at {place}" for place in dict.fromkeys(map(_place, report.speeds.values()))]
     return found + [f"failed: {what}" for what in report.failed]
+
+
+def _place(speed: Speed) -> str:
+    """Where a speed was measured."""
+    return f"{speed.context:,} tokens, {speed.heads} query heads / kv heads x channels, {speed.machine}"
 
 
 def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
