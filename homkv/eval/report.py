@@ -90,6 +90,8 @@ def _is_main(size: Size, main: Setting | None) -> bool:
 def shown(name: str) -> str:
     """A format as tables name it: a preset for its spelling; a plan by bits at 32k, window and the end of its title."""
     base, options = parse_options(name)
+    if base == "basis":
+        return base  # its tables are this model's
     if base != PER_LAYER:
         return PRESET_OF.get(name, name)
     codec = make_codec(name, WIDE)
