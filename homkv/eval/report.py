@@ -243,9 +243,9 @@ def quality_table(report: Report) -> Table:
 LEGEND = (
     "KL(exact || format) in nats per token with its 95 % bootstrap interval over texts. Drift: KL in the first and the "
     "last quarter of the scored tokens. Bits per element count everything: stored at this context, as sent, and at "
-    "32,768 tokens of head_dim 128. x 16-bit: an attention step of one layer, in turns with the faster of torch's "
-    "matrix products on unpacked bfloat16 and float32 KV, each format by its own best implementation; rivals and HACK "
-    "have no fused kernel on a CPU."
+    "32,768 tokens of head_dim 128. x 16-bit: a decode step's attention, layer by layer, in turns with the faster of "
+    "torch's matrix products on unpacked bfloat16 and float32 KV, each format by its own best implementation; rivals "
+    "and HACK have no fused kernel on a CPU."
 )
 
 

@@ -157,6 +157,8 @@ def test_sizes_and_speed(loaded: LoadedModel) -> None:
     assert speed.microseconds > 0
     assert speed.peer.startswith("torch matmul")
     assert min(speed.ratios) > 0
+    assert speed.layers == 2  # each with its own KV, as in a decode step
+    assert measure_speed(loaded, "balanced", 300, "reference").layers == 1
 
 
 # -- runs, reports, gates ---------------------------------------------------------------------------------------------
