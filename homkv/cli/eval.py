@@ -146,9 +146,9 @@ def _report(path: Path, page: Path | None, console: Console) -> None:
 
     from homkv.eval.plots import save_plots
     from homkv.eval.record import Case, read_records
-    from homkv.eval.report import make_report, markdown, notes, quality_table, rich_table, tables
+    from homkv.eval.report import by_preset, make_report, markdown, notes, quality_table, rich_table, tables
 
-    records = read_records(path)
+    records = by_preset(read_records(path))
     found = make_report(records)
     if not found.summaries:
         raise FormatError(f"expected results in {path}, found none; run homkv eval without --only-report first")

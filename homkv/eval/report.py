@@ -8,11 +8,12 @@ from functools import cache
 from typing import Any
 
 from msgspec import to_builtins
+from msgspec.structs import replace
 from rich import box
 from rich.table import Table
 
 from homkv.bootstrap import Estimate, resolved
-from homkv.eval.record import CALIBRATION, EXACT, Case, Record, Size, Speed
+from homkv.eval.record import CALIBRATION, EXACT, Case, Record, Run, Size, Speed
 from homkv.eval.sizes import LONG, WIDE
 from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
 from homkv.formats import make_codec, parse_options
@@ -59,8 +60,14 @@ class Report:
         }
 
 
+def by_preset(records: Sequence[Record]) -> list[Record]:
+    """Records in which a format that is a preset has the preset's name, however it was spelled."""
+    return [r if isinstance(r, Run) else replace(r, format=PRESET_OF.get(r.format, r.format)) for r in records]
+
+
 def make_report(records: Sequence[Record]) -> Report:
     """Put the newest results together. Records of several models: the last one's."""
+    records = by_preset(records)
     cases = [r for r in records if isinstance(r, Case)]
     model = cases[-1].model if cases else ""
     cases = list({c.key: c for c in cases if c.model == model}.values())
@@ -88,12 +95,12 @@ def _is_main(size: Size, main: Setting | None) -> bool:
 
 @cache
 def shown(name: str) -> str:
-    """A format as tables name it: a preset for its spelling; a plan by bits at 32k, window and the end of its title."""
+    """A format as tables name it: a plan by bits at 32k, window and the end of its title."""
     base, options = parse_options(name)
     if base == "basis":
         return base  # its tables are this model's
     if base != PER_LAYER:
-        return PRESET_OF.get(name, name)
+        return name
     codec = make_codec(name, WIDE)
     return f"plan {codec.bits_per_element(LONG):.2f} w{codec.min_window} {LayerPlan.from_options(options).title[-6:]}"
 

@@ -278,6 +278,8 @@ def test_lengths_and_prefills_are_not_mixed() -> None:
     report = make_report([*longer, *texts, *stored, case("a", "c", [7.0] * 4, CALIBRATION)])
     assert str(report.main) == "9 + 4"
     (row,) = report.summaries
+    twice = [case("k4420v2222", "0", [0.1] * 4), case("balanced", "1", [0.1] * 4)]  # one format by two names
+    assert [s.format for s in make_report(twice).summaries] == ["balanced"]
     assert row.kl is not None
     assert row.kl.mean == pytest.approx(0.1)
     assert {str(s): list(rows) for s, rows in report.others.items()} == {
