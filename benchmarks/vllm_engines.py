@@ -37,6 +37,7 @@ LLAMA = {
     "torch_dtype": "bfloat16", "initializer_range": 0.02,
 }  # fmt: skip
 STOCK = ("auto", "fp8")
+LONG = 32768  # tokens of a sequence, to compare capacities at
 BEGIN = time.perf_counter()
 GRAPHS = [1, 2, 4, 8, 12, 16, 20, 24, 32]
 
@@ -51,7 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16384)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--timeout-s", type=float, default=600, help="for each engine")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has: compiles the same kernels sooner")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--profile", type=Path, help="folder for kernels and host functions by time, after the run")
     parser.add_argument("--out", type=Path, help="JSONL to append to")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -78,6 +81,7 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
 
     if torch.cuda.is_available():
         usual |= {"kv_cache_memory_bytes": int(options.kv_gib * 2**30), "enforce_eager": options.eager}
+        usual["gpu_memory_utilization"] = 0.5  # must be free at the start; KV takes what the line above says
         usual |= {"attention_backend": plan.name if plan else "FLASH_ATTN"}
         if not options.eager:
             graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": GRAPHS}
@@ -96,25 +100,26 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
     return LLM(**usual)
 
 
-def fitting(llm: Any, options: argparse.Namespace, kv: str) -> int:
-    """Sequences of full length that the cache holds; one of its blocks vLLM keeps."""
-    cache, length = llm.llm_engine.vllm_config.cache_config, options.prompt_tokens + options.new_tokens
-    plan = backend(kv, options.shape)
+def fitting(llm: Any, options: argparse.Namespace, kv: str, length: int) -> float:
+    """Sequences of ``length`` tokens that the cache holds; one of its blocks vLLM keeps."""
+    cache, plan = llm.llm_engine.vllm_config.cache_config, backend(kv, options.shape)
     each = plan.num_blocks(length) if plan else -(-length // cache.block_size)
-    return int((cache.num_gpu_blocks - 1) // each)
+    return float((cache.num_gpu_blocks - 1) / each)
 
 
 def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     """One engine's record."""
     import torch
 
+    shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(LLAMA | SHAPES[options.shape]))
+        Path(folder, "config.json").write_text(json.dumps(LLAMA | shape))
         llm = engine(options, kv, folder)
     from vllm import SamplingParams
 
-    room = fitting(llm, options, kv)
-    say(f"{kv}: {room} sequences of {options.prompt_tokens + options.new_tokens} tokens fit")
+    length = options.prompt_tokens + options.new_tokens
+    room = int(fitting(llm, options, kv, length))
+    say(f"{kv}: {room} sequences of {length} tokens fit")
     say(f"{kv}: the engine is up")
     rng, vocab = random.Random(0), SHAPES[options.shape]["vocab_size"]
     tokens = [[rng.randrange(10, vocab) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)]
@@ -126,6 +131,8 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     start = time.perf_counter()
     outputs = llm.generate(prompts, greedy, use_tqdm=False)
     wall_s = time.perf_counter() - start
+    if options.profile:
+        profile(llm, prompts, options.profile / f"{kv}.txt")
     counts = [len(output.outputs[0].token_ids) for output in outputs]
     assert counts == [options.new_tokens] * options.prompts
     times = [output.metrics for output in outputs if output.metrics is not None]
@@ -133,7 +140,8 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
     last_prompt = max(t.first_token_ts for t in times) - min(t.scheduled_ts for t in times)
     on_gpu = torch.cuda.is_available()
     return {
-        "kv": kv, "shape": options.shape, "kv_gib": options.kv_gib, "prompts": options.prompts,
+        "kv": kv, "shape": options.shape, "layers": shape["num_hidden_layers"], "kv_gib": options.kv_gib,
+        "prompts": options.prompts, "tokens_at_32k": int(fitting(llm, options, kv, LONG) * LONG),
         "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "eager": options.eager,
         "fitting": room, "wall_s": wall_s, "tokens_per_s": sum(counts) / wall_s,
         "until_last_prompt_s": last_prompt, "tpot_median_ms": 1e3 * statistics.median(tpot),
@@ -141,6 +149,26 @@ def measure(options: argparse.Namespace, kv: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }  # fmt: skip
+
+
+def profile(llm: Any, prompts: Any, path: Path) -> None:
+    """Tables of 40 steps that decode all prompts' first 512 tokens: GPU time by kernel, host time by function."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from vllm import SamplingParams
+
+    short = [{"prompt_token_ids": prompt["prompt_token_ids"][:512]} for prompt in prompts]
+    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as found:
+        llm.generate(short, greedy, use_tqdm=False)
+    wall_s, rows = time.perf_counter() - start, found.key_averages()
+    gpu_s = sum(row.self_device_time_total for row in rows) / 1e6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    by = ["self_cpu_time_total", *(["self_device_time_total"] if torch.cuda.is_available() else [])]
+    tables = [rows.table(sort_by=name, row_limit=60, max_name_column_width=80) for name in by]
+    path.write_text("\n".join((f"{wall_s:.3f} s, of which the GPU was busy for {gpu_s:.3f} s", *tables)))
 
 
 def say(text: str) -> None:
@@ -152,7 +180,8 @@ def apart(kv: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """The record of an engine in a process of its own; None, after the end of its output, if it failed."""
     own = [sys.executable, __file__, *sys.argv[1:], "--one"]
     own = [x for i, x in enumerate(own) if x != "--kv" and own[i - 1] != "--kv"] + ["--kv", kv]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # vLLM would sample with FlashInfer, and refuse to start where that is not installed.
+    environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     process = subprocess.Popen(own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     limit = threading.Timer(options.timeout_s, process.kill)
     limit.start()

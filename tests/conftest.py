@@ -9,8 +9,14 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: kernels are then interpreted on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from homkv.attention.triton.runtime import is_interpreting
 from homkv.errors import UnsupportedError
 from homkv.models import LoadedModel, load_model
+
+if is_interpreting():
+    import fast_interpreter
+
+    fast_interpreter.install()
 
 IN_CI = bool(os.environ.get("CI"))
 

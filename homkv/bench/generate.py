@@ -6,6 +6,7 @@ every sequence seals one page. All formats run the same model code, with fused R
 """
 
 import gc
+import itertools
 import math
 import statistics
 import sys
@@ -37,6 +38,7 @@ from homkv.seal import LayerContent
 GIB = 2**30
 DISTINCT_PAGES = 64  # random pages, repeated
 BASE = "bf16"  # what the others are compared with
+STATIC = {BASE: torch.bfloat16, "fp8": torch.float8_e4m3fn}  # KV side by side; others are formats of pages
 WARM_UP_STEPS = 4  # two plain, the capture, one replay
 
 
@@ -101,8 +103,8 @@ Row = dict[str, Any]
 def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
     """Measure, print a table, append JSONL to ``options.record``; returns one dict per format, batch and context.
 
-    What the device's memory or ``options.seconds`` does not hold is skipped, and the row says so. Raises
-    UnsupportedError without a GPU.
+    What the device's memory or ``options.seconds`` does not hold is skipped, and the row says so, with the bytes that
+    its KV would take. Raises UnsupportedError without a GPU.
     """
     deadline = time.monotonic() + (options.seconds or math.inf)
     if not torch.cuda.is_available():
@@ -115,16 +117,20 @@ def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
     with attention_of(model), fused_norms(model), torch.no_grad():
         if options.check_tokens:
             rows += keep([check_row(model, shape, name, options) for name in options.formats], options.record)
-        for batch in options.batches:
-            for context in options.contexts:
-                console.print(f"[dim]{options.model}, batch {batch}, {context:,} tokens ...[/dim]")
-                rows += keep(case_rows(model, shape, batch, context, options, deadline), options.record)
+        for batch, context in cases(options):
+            console.print(f"[dim]{options.model}, batch {batch}, {context:,} tokens ...[/dim]")
+            rows += keep(case_rows(model, shape, batch, context, options, deadline), options.record)
     console.print(speed_table([row for row in rows if row["kind"] == "generate"]))
     for row in rows:
         if row["kind"] == "generate-check":
             counts = f"{row['equal_tokens']} of {row['tokens']}"
             console.print(f"{row['format']}: {counts} tokens equal with and without graph")
     return rows
+
+
+def cases(options: GenerateBenchOptions) -> list[tuple[int, int]]:
+    """All batches with all contexts, those of fewest tokens first: a run that is cut off lacks the slowest."""
+    return sorted(itertools.product(options.batches, options.contexts), key=lambda case: (math.prod(case), case))
 
 
 def keep(rows: list[Row], record: Path | None) -> list[Row]:
@@ -191,9 +197,12 @@ def case_rows(
 def time_steps(
     model: PreTrainedModel, shape: ModelShape, name: str, batch: int, context: int, steps: int, row: Row
 ) -> float:
-    """Milliseconds per step behind ``context`` tokens; enters memory into the row."""
+    """Milliseconds per step behind ``context`` tokens; enters memory into the row. Raises CapacityError."""
     torch.cuda.reset_peak_memory_stats()
     room = steps + WARM_UP_STEPS
+    row["kv_bytes"], free = kv_bytes(shape, name, batch, context + room), torch.cuda.mem_get_info()[0]
+    if row["kv_bytes"] > free:
+        raise CapacityError(f"its KV takes {row['kv_bytes'] / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
     kv = filled_kv(shape, name, batch, context, room, model.device)
     decoder = Decoder(model, kv, max_new_tokens=room)
     first = torch.randint(shape.vocab_size, (batch,), device=kv.device)
@@ -208,9 +217,20 @@ def time_steps(
     stop.record()
     stop.synchronize()
     kv.check()
-    row["kv_bytes"], row["peak_bytes"] = kv.num_bytes(), torch.cuda.max_memory_allocated()
+    row["peak_bytes"] = torch.cuda.max_memory_allocated()
     row["captured"] = decoder.is_captured
     return float(start.elapsed_time(stop)) / steps
+
+
+def kv_bytes(shape: ModelShape, name: str, batch: int, max_tokens: int) -> int:
+    """What :func:`empty_kv` takes for ``batch`` sequences, without taking it."""
+    heads = batch * shape.num_kv_heads
+    if name in STATIC:
+        return heads * shape.num_layers * 2 * max_tokens * shape.head_dim * STATIC[name].itemsize
+    codec = codec_of(shape, name)
+    exact = 2 * (codec.num_sinks + codec.max_window) * codec.head_dim * torch.bfloat16.itemsize
+    page_bytes = sum(codec.at_layer(n, shape.num_layers).page_bytes for n in range(shape.num_layers))
+    return heads * (codec.num_pages(max_tokens) * page_bytes + shape.num_layers * exact)
 
 
 def filled_kv(shape: ModelShape, name: str, batch: int, context: int, room: int, device: torch.device) -> StepKV:
@@ -227,17 +247,16 @@ def filled_kv(shape: ModelShape, name: str, batch: int, context: int, room: int,
 def empty_kv(shape: ModelShape, name: str, max_tokens: list[int], device: torch.device) -> StepKV:
     """KV of a format with room for ``max_tokens`` per sequence."""
     common: dict[str, Any] = {"num_layers": shape.num_layers, "num_kv_heads": shape.num_kv_heads, "device": device}
-    if name in ("bf16", "fp8"):
+    if name in STATIC:
         from homkv.bench.peers import fp8, fp16
         from homkv.bench.peers.store import store_token
 
-        dtype = torch.float8_e4m3fn if name == "fp8" else torch.bfloat16
         attend = fp8.attend if name == "fp8" else lambda q, k, v, n, scale, *_: fp16.attend(q, k, v, n, scale)
         return StaticKV(
             len(max_tokens),
             max(max_tokens),
             head_dim=shape.head_dim,
-            dtype=dtype,
+            dtype=STATIC[name],
             attend=attend,
             store=store_token,
             **common,

@@ -1,9 +1,16 @@
 """Measured rows on disk."""
 
 import json
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+def command_line() -> str:
+    """This process's command, as it is typed."""
+    return shlex.join(["homkv", *sys.argv[1:]])
 
 
 def append_rows(rows: Iterable[dict[str, Any]], record: Path | None) -> None:

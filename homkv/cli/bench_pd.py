@@ -34,6 +34,7 @@ def pd(
     overlap: Annotated[str, typer.Option(help="Layers leave while the next compute: on, off or both.")] = "on",
     prefill: Annotated[str, typer.Option("--attention", help="How prompts attend: exact or int8.")] = "exact",
     requests: Annotated[int, typer.Option(help="Requests per cell.")] = 16,
+    turns: Annotated[int, typer.Option(help="Turns of all formats of a point.")] = 1,
     slots: Annotated[int, typer.Option(help="Sequences that decode together.")] = 8,
     kv_budget_gib: Annotated[float, typer.Option(help="KV that a decode worker may hold; 0: what slots need.")] = 0,
     lanes: Annotated[int, typer.Option(help="TCP connections per pair of workers.")] = 4,
@@ -44,15 +45,21 @@ def pd(
     record: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/pd.jsonl"),
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
     plan: Annotated[Path | None, typer.Option(help="TOML file of [[leg]]s, run on the same workers.")] = None,
+    estimate: Annotated[str | None, typer.Option(help="Measure nothing: say what each cell takes on this GPU.")] = None,
 ) -> None:
     """Time requests from arrival to last token: prompts on some devices, decoding on others, KV moving between them.
 
     Every format gets the same requests at the same times over the same link. One GPU serves as well: name it twice.
     """
     values = given(context)
-    values.pop("plan", None)
+    for name in ("plan", "estimate"):
+        values.pop(name, None)
     options = make_options(values)
-    show(options, Console(), legs_of(plan, options))
+    legs = legs_of(plan, options)
+    if estimate is None:
+        show(options, Console(), legs)
+    else:
+        show_estimates(legs or [options], estimate, Console())
 
 
 def given(context: typer.Context) -> dict[str, Any]:
@@ -91,11 +98,17 @@ def show(options: "PdOptions", console: Console, legs: "Sequence[PdOptions]" = (
         print_bench(bench, console)
 
 
+def show_estimates(legs: "Sequence[PdOptions]", gpu: str, console: Console) -> None:
+    """Print what a run should take, and what it should find."""
+    from homkv.bench.pd.estimate import estimates, estimates_table
+
+    console.print(estimates_table(list(estimates(legs, gpu))))
+
+
 def print_bench(bench: "PdBench", console: Console) -> None:
     """Tables of a bench's record, what was left out, plots."""
     from homkv.bench.jct.report import print_report, rates_table
-    from homkv.bench.jct.summary import measured
-    from homkv.bench.pd.run import rates_at_p99
+    from homkv.bench.jct.summary import measured, rates_at_p99
 
     options, summaries = bench.options, measured(bench.recorded())
     print_report(summaries, console)

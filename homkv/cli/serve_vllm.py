@@ -1,7 +1,6 @@
 """``homkv serve --engine vllm``: stock vLLM with pages as its KV cache, prefill and decode apart, by one command."""
 
 import importlib.util
-import os
 import shutil
 import signal
 import sys
@@ -12,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from homkv.cores import num_cores
 from homkv.errors import UnsupportedError
 from homkv.plan import BASE
-from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, PRESETS, RowsSpec
+from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, RowsSpec
 
 if TYPE_CHECKING:
     from homkv.vllm.blocks import BlockPlan
@@ -60,7 +60,7 @@ def serve(
         python="python" if dry_run else sys.executable,
         extra=tuple(ctx.args),
     )
-    wanted = commands(options, len(os.sched_getaffinity(0)))
+    wanted = commands(options, num_cores())
     if dry_run:
         typer.echo("\n\n".join(f"# {command.name}: {command.url}\n{command.shell()}" for command in wanted))
     else:
@@ -140,8 +140,8 @@ def _rows_format(name: str) -> RowsSpec:
         )
     if base != name or (name in format_names() and name not in ALL_PRESETS):
         raise UnsupportedError(
-            f"expected a rows format ({', '.join(PRESETS)} or kABCDvEFGH) inside vLLM, found {name}; serve it with "
-            "--engine homkv"
+            f"expected a rows format ({', '.join(ALL_PRESETS)} or kABCDvEFGH[wN]) inside vLLM, found {name}; serve it "
+            "with --engine homkv"
         )
     return RowsSpec.parse(name)
 

@@ -182,6 +182,7 @@ def validate(
     records: Annotated[list[Path], typer.Argument(help="Records of real replays: homkv bench jct, homkv bench pd.")],
     gpu: Annotated[str | None, typer.Option(help="Take step times from this GPU's tables, none from records.")] = None,
     model: Annotated[str | None, typer.Option(help="With --gpu: the model of the records.")] = None,
+    max_load: Annotated[float, typer.Option(help="Leave out turns with a higher load average of one minute.")] = 1e9,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a run misses 10 % of the mean or 20 % of P99.")] = False,
     json_file: JsonFile = None,
     plots: Plots = None,
@@ -195,7 +196,7 @@ def validate(
     if (gpu is None) != (model is None):
         raise UnsupportedError("expected --gpu together with --model, found one of them; give both or none")
     costs_of = fit if gpu is None or model is None else tables(gpu, model)
-    rows = [row for record in records for row in compare(record, costs_of)]
+    rows = [row for record in records for row in compare(record, costs_of, max_load)]
     Console().print(validation_table(rows), validation_phases_table(rows), sep="\n")
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:

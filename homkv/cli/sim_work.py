@@ -1,8 +1,5 @@
 """What the commands of ``homkv sim`` share: deployments and requests from options, progress, files, plots."""
 
-import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,10 +75,10 @@ def write_lines(path: Path | None, rows: Iterable[dict[str, Any]]) -> None:
     """JSON Lines, each with the command that made it."""
     if path is None:
         return
-    command = shlex.join(["homkv", *sys.argv[1:]])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({**row, "command": command}) + "\n" for row in rows)
+    from homkv.bench.rows import append_rows, command_line
+
+    path.unlink(missing_ok=True)
+    append_rows(({**row, "command": command_line()} for row in rows), path)
 
 
 def _count(advance: Callable[[str], None], name: str, every: int, done: int) -> None:
@@ -113,6 +110,7 @@ def run_lines(model: str, rows: "Mapping[str, Summary]", cpu_s: Mapping[str, flo
 
 def write_runs(path: Path, base: "Scenario", outcomes: "dict[str, Outcome]", seed: int) -> None:
     """A record with one run per format."""
+    from homkv.bench.rows import command_line
     from homkv.sim.record import RunInfo, write_record
 
     for index, (name, outcome) in enumerate(outcomes.items()):
@@ -122,7 +120,7 @@ def write_runs(path: Path, base: "Scenario", outcomes: "dict[str, Outcome]", see
             source="sim",
             model=base.model,
             kv_cache_dtype=name,
-            command=shlex.join(["homkv", *sys.argv[1:]]),
+            command=command_line(),
             machine=f"simulated: {base.prefill_gpu} to {base.decode_gpu}",
             seed=seed,
             num_prefill=base.num_prefill,

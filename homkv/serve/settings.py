@@ -1,12 +1,12 @@
 """One schema of settings for all roles: a file, HOMKV_… variables and flags; the later ones win."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from homkv.cores import num_cores
 from homkv.errors import UnsupportedError
 from homkv.plan import spelled
 from homkv.spec import DEFAULT_FORMAT
@@ -121,7 +121,7 @@ class ServeSettings(BaseSettings):
     @property
     def threads(self) -> int:
         """Compute threads of one instance of this machine."""
-        return self.num_threads or max(1, (os.cpu_count() or 1) // max(self.prefill + self.decode, 1))
+        return self.num_threads or max(1, num_cores() // max(self.prefill + self.decode, 1))
 
     def read_api_key(self) -> str | None:
         """The API key, from wherever it was given. Raises UnsupportedError if its file is empty or not readable."""

@@ -23,12 +23,13 @@ from homkv.sim.job import Job
 class DecodeInstance:
     """Sequences that decode together. ``finished`` is called at a sequence's last token.
 
-    ``changed`` hears when the first sequence joins and when the last one has left.
+    ``changed`` hears when the first sequence joins and when the last one has left. ``seal_per_token_s`` adds to a step
+    for each of its sequences.
     """
 
     def __init__(
         self, env: simpy.Environment, costs: Costs, max_batch: float, finished: Callable[[Job], None],
-        changed: Callable[[bool], None] = lambda is_busy: None,
+        changed: Callable[[bool], None] = lambda is_busy: None, seal_per_token_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.env = env
         self.costs = costs
@@ -44,7 +45,7 @@ class DecodeInstance:
         self._context = 0  # S: tokens of KV of all running sequences
         self._since = 0.0  # time of the last boundary
         self._count = 0
-        self._per_token = costs.per_token_s
+        self._per_token, self._seal = costs.per_token_s, seal_per_token_s
         self._per_step = 0.0  # g(B)
         self._dequantized = 0.0  # integral of the dequantizing share
         self._slower = 1.0  # times longer that steps take now
@@ -113,7 +114,7 @@ class DecodeInstance:
         while self._joining and len(running) < self.max_batch:
             self._join(self._joining.popleft(), ended)
         if running:
-            self._per_step = self.costs.step_s(len(running))
+            self._per_step = self.costs.step_s(len(running)) + self._seal * len(running)
             self._plan(running[0][0] - self._step)
         if bool(running) != was_busy:
             self.changed(not was_busy)

@@ -34,7 +34,8 @@ class System:
     ``background_pack``: packing takes no time of prefill's machine. ``reserves_early``: prefill does not start before
     there is room at decode. ``when_full``: ``wait``: KV stays at the prefill host until there is room; ``swap``: it
     crosses at once, waits in the decode host's memory and is loaded at ``swap_gbps``. ``capacity_bytes``: of KV per
-    decode instance, ``prefix_bytes``: of a prefix cache; None: unlimited, and no cache. ``prefill_beside
+    decode instance, ``prefix_bytes``: of a prefix cache; None: unlimited, and no cache. ``seal_per_token_s``: that a
+    sequence's token takes between steps, where full windows become pages there and not in the step. ``prefill_beside
     decode_beside``: above 1 where all instances share one machine, how many times longer a prompt takes while something
     decodes, and a decode step while a prompt is computed.
     """
@@ -53,6 +54,7 @@ class System:
     capacity_bytes: int | None = None
     max_batch: int | None = None
     prefix_bytes: int | None = None
+    seal_per_token_s: float = 0.0
     prefill_beside: float = 1.0
     decode_beside: float = 1.0
 
@@ -145,7 +147,8 @@ class _Cluster:
         self.rooms = [Room(capacity) for _ in decode_ids]
         self.network = Network(env, egress, ingress, self._arrived)
         self.decodes = [
-            DecodeInstance(env, self.costs, max_batch, self._finish, self._decoding_changed) for _ in decode_ids
+            DecodeInstance(env, self.costs, max_batch, self._finish, self._decoding_changed, system.seal_per_token_s)
+            for _ in decode_ids
         ]
         self.unpacked = [0.0 for _ in decode_ids]  # when the newest KV is unpacked: one after the other
         self.idle = deque(_Prefill(i) for i in range(system.num_prefill))

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -70,7 +71,7 @@ class FittedCosts:
 
 def fit(run: Run) -> FittedCosts:
     """Fit a run's step samples. Raises TraceError, naming the stage, if prefill or decode were not measured."""
-    stages = {stage: [s for s in run.steps if s.stage == stage and not s.beside] for stage in get_args(Stage)}
+    stages = {stage: medians(s for s in run.steps if s.stage == stage and not s.beside) for stage in get_args(Stage)}
     for stage in ("prefill", "decode"):
         if not stages[stage]:
             raise TraceError(
@@ -91,8 +92,9 @@ def fit(run: Run) -> FittedCosts:
 def beside(run: Run, record: Iterable[Run] = ()) -> tuple[float, float]:
     """How many times longer a prompt takes beside decoding, and a decode step beside a prompt; 1 without samples.
 
-    Each is a measured time over what the fit of the times at rest gives for the same batch and tokens, at least 1. A
-    run without samples takes the means of the other runs of its ``record`` on the same devices.
+    Each is a measured time over what the fit of the times at rest gives for the same batch and tokens: the median of
+    such ratios, at least 1. A run without samples takes the means of the other runs of its ``record`` on the same
+    devices.
     """
     if not any(s.beside for s in run.steps):
         others = [r for r in record if shares_devices(r, run) and any(s.beside for s in r.steps)]
@@ -108,7 +110,7 @@ def beside(run: Run, record: Iterable[Run] = ()) -> tuple[float, float]:
                 else costs.step_s(s.batch) + costs.per_token_s * s.batch * s.tokens
             )
             ratios[s.stage].append(s.seconds / at_rest)
-    prefill, decode = (max(1.0, fmean(found)) if found else 1.0 for found in ratios.values())
+    prefill, decode = (max(1.0, median(found)) if found else 1.0 for found in ratios.values())
     return prefill, decode
 
 
@@ -118,9 +120,23 @@ def shares_devices(a: Run, b: Run) -> bool:
 
 
 def handoff_s(run: Run) -> float:
-    """Mean of a run's handoff samples; 0 without any."""
+    """Median of a run's handoff samples; 0 without any."""
     samples = [s.seconds for s in run.steps if s.stage == "handoff"]
-    return sum(samples) / len(samples) if samples else 0.0
+    return median(samples) if samples else 0.0
+
+
+def seal_per_token_s(run: Run) -> float:
+    """What sealing pages between steps adds to a token of one sequence, by the median of samples; 0 without any."""
+    samples = [s.seconds / s.tokens for s in run.steps if s.stage == "seal"]
+    return median(samples) if samples else 0.0
+
+
+def medians(samples: Iterable[StepSample]) -> list[StepSample]:
+    """One sample for all that were taken of one step, their median: one that was disturbed must not move a fit."""
+    groups: dict[tuple[int, int], list[StepSample]] = {}
+    for s in samples:
+        groups.setdefault((s.batch, s.tokens), []).append(s)
+    return [msgspec.structs.replace(group[0], seconds=median(s.seconds for s in group)) for group in groups.values()]
 
 
 def non_negative_fit(samples: Sequence[StepSample], basis: Basis) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
-"""What a run says about its requests, real or simulated: one JSON object per line, three kinds.
+"""What a run says about its requests, real or simulated: one JSON object per line, four kinds.
 
 ``run`` describes one configuration (a format, a link, instances); ``step`` is a microbenchmark of the same machine,
 taken outside the run; ``request`` is one request. ``run_id`` ties them together: one file may hold several runs.
+``left-out`` names a configuration that was asked for and did not come to its end.
 
 The seven phases of a request lie on its critical path, one after the other, and sum to its job completion time:
 
@@ -13,7 +14,7 @@ behind. The decode instance gives out the first token, which prefill computed, w
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ from homkv.sim.trace import read_text
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 NumBytes = Annotated[int, msgspec.Meta(ge=0)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
-Stage = Literal["prefill", "pack", "unpack", "decode", "handoff"]
+Stage = Literal["prefill", "pack", "unpack", "decode", "handoff", "seal"]
 PHASES = ("queue_s", "prefill_s", "pack_s", "transfer_s", "unpack_s", "wait_s", "decode_s")
 
 
@@ -60,6 +61,7 @@ class StepSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
 
     ``decode``: one step of ``batch`` sequences. ``pack``: all layers of one prompt, not overlapped. ``unpack``: verify,
     or decode an entropy-coded wire, once per request. ``handoff``: what a request takes besides, with all else idle.
+    ``seal``: turn a window's ``tokens`` of one sequence into pages, in all layers, between two decode steps.
     ``beside``: not at rest, but while the other stage worked: a decode step during a prompt, a prompt during decoding.
     """
 
@@ -98,7 +100,15 @@ class RequestRecord(
     decode_id: int = 0
 
 
-Line = RunInfo | StepSample | RequestRecord
+class LeftOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="left-out", kw_only=True):
+    """A configuration that failed, or that there was no time for. A later line may hold another attempt at it."""
+
+    run_id: str
+    reason: str
+    unix_time: int = 0
+
+
+Line = RunInfo | StepSample | RequestRecord | LeftOut
 _DECODER = msgspec.json.Decoder(Line)
 
 
@@ -119,24 +129,38 @@ def write_record(path: Path, lines: Iterable[Line], *, append: bool = False) -> 
             file.write(msgspec.json.encode(line) + b"\n")
 
 
-def read_record(path: Path) -> dict[str, Run]:
-    """Runs of a record by id, in the file's order, gzip or not.
-
-    Raises TraceError with the line and the reason: not JSON, an unknown or missing field, a value out of range, two
-    runs or two requests of one id, requests of a run that is not described.
-    """
-    infos: dict[str, RunInfo] = {}
-    requests: dict[str, dict[str, RequestRecord]] = {}
-    steps: dict[str, list[StepSample]] = {}
+def read_lines(path: Path) -> Iterator[tuple[int, Line]]:
+    """Lines of a record with their numbers, gzip or not. Raises TraceError with the line and the reason."""
     for number, text in enumerate(read_text(path).splitlines(), 1):
         if not text.strip():
             continue
         try:
-            line = _DECODER.decode(text)
+            yield number, _DECODER.decode(text)
         except (msgspec.DecodeError, RecursionError) as error:
             raise TraceError(
-                f"{path}, line {number}: expected a run, step or request, found {text[:60]!r}: {error}"
+                f"{path}, line {number}: expected a run, step, request or left-out, found {text[:60]!r}: {error}"
             ) from error
+
+
+def read_left_out(path: Path) -> list[LeftOut]:
+    """What a record says it lacks. Raises TraceError as read_record."""
+    return [line for _, line in read_lines(path) if isinstance(line, LeftOut)]
+
+
+def read_record(path: Path) -> dict[str, Run]:
+    """Runs of a record by id, in the file's order, gzip or not.
+
+    Raises TraceError with the line and the reason: not JSON, an unknown or missing field, a value out of range, two
+    runs or two requests of one id, requests of a run that is not described. No runs if all were left out.
+    """
+    infos: dict[str, RunInfo] = {}
+    requests: dict[str, dict[str, RequestRecord]] = {}
+    steps: dict[str, list[StepSample]] = {}
+    is_empty = True
+    for number, line in read_lines(path):
+        is_empty = False
+        if isinstance(line, LeftOut):
+            continue
         if isinstance(line, StepSample):
             steps.setdefault(line.run_id, []).append(line)
             continue
@@ -151,7 +175,7 @@ def read_record(path: Path) -> dict[str, Run]:
     for run_id in [*requests, *steps]:
         if run_id not in infos:
             raise TraceError(f"{path}: expected a line of kind run for {run_id!r}, found none")
-    if not infos:
+    if is_empty:
         raise TraceError(f"{path}: expected at least one run, found none")
     return {
         run_id: Run(info, tuple(requests.get(run_id, {}).values()), tuple(steps.get(run_id, ())))

@@ -11,7 +11,7 @@ from homkv.sim.hardware import data
 from homkv.sim.paper import ArtifactRow, PaperRow, reductions
 from homkv.sim.record import PHASES
 from homkv.sim.summary import Summary
-from homkv.sim.validate import Validation
+from homkv.sim.validate import MAX_MEAN_ERROR, MAX_P99_ERROR, Validation
 from homkv.sim.whatif import Advice, Option, Options
 
 CLAIMED = {
@@ -189,14 +189,19 @@ def print_advice(console: Console, options: Options, advice: Advice, title: str)
 
 def validation_table(rows: Sequence[Validation]) -> Table:
     """Measured and simulated JCT of every run."""
-    headings = ["requests", "mean s", "sim. s", "error", "P99 s", "sim. s", "error"]
-    table = _table("Job completion times, measured and simulated", ["run", "format", "link Gb/s"], headings)
+    headings = ["requests", "mean s", "sim. s", "error", "P99 s", "sim. s", "error", "turns", "noise"]
+    caption = (
+        f"{sum(v.holds for v in rows)} of {len(rows)} hold {MAX_MEAN_ERROR:.0%} of the mean and {MAX_P99_ERROR:.0%} of "
+        "P99; noise: how far a turn is from the mean of its turns, at most"
+    )
+    table = _table("Job completion times, measured and simulated", ["run", "format", "link Gb/s"], headings, caption)
     for v in rows:
         link = "" if v.link_gbps is None else f"{v.link_gbps:g}"
         mean = [f"{v.measured_jct_s:.3f}", f"{v.simulated_jct_s:.3f}", f"{v.mean_error:+.1%}"]
         p99 = [f"{v.measured_p99_s:.3f}", f"{v.simulated_p99_s:.3f}", f"{v.p99_error:+.1%}"]
         style = "" if v.holds else "red"
-        table.add_row(v.run_id, v.kv_cache_dtype, link, str(v.requests), *mean, *p99, style=style)
+        turns = [str(len(v.turns_jct_s)), f"{v.noise:.1%}" if len(v.turns_jct_s) > 1 else ""]
+        table.add_row(v.run_id, v.kv_cache_dtype, link, str(v.requests), *mean, *p99, *turns, style=style)
     return table
 
 

@@ -19,7 +19,7 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ def read_trace(path: Path, *, requests_per_s: float | None = None, seed: int = 0
         raise TraceError(
             f"expected requests in {path}, found none below the header; see homkv.sim.trace for the format"
         )
-    check_order(requests, str(path))
     return requests if requests_per_s is None else poisson_arrivals(requests, requests_per_s, seed)
 
 
@@ -73,25 +72,28 @@ def write_trace(requests: Iterable[Request], path: Path) -> None:
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
-def check_order(requests: Sequence[Request], source: str = "trace") -> None:
-    """Raise TraceError unless arrivals ascend, ids are unique and every field is in range."""
-    before, ids = 0.0, set()
-    for line, request in enumerate(requests, 1):
-        if request.request_id in ids:
-            raise TraceError(f"{source}, request {line}: expected every request_id once, found {request.request_id!r}")
-        ids.add(request.request_id)
+class Order:
+    """Looks at requests one after another: arrivals ascend, ids are unique, every field is in range."""
+
+    def __init__(self) -> None:
+        self._before, self._ids = 0.0, set[str]()
+
+    def check(self, request: Request) -> None:
+        """Take the next one. Raises TraceError."""
+        if request.request_id in self._ids:
+            raise TraceError(f"expected every request_id once, found {request.request_id!r} again")
+        self._ids.add(request.request_id)
         if not 0 <= request.arrival_s <= MAX_ARRIVAL_S:
-            raise TraceError(f"{source}, request {line}: expected 0 <= arrival_s <= 1e9, found {request.arrival_s!r}")
-        if request.arrival_s < before:
+            raise TraceError(f"expected 0 <= arrival_s <= 1e9, found {request.arrival_s!r}")
+        if request.arrival_s < self._before:
             raise TraceError(
-                f"{source}, request {line}: expected arrivals in ascending order, found {request.arrival_s:g} s after "
-                f"{before:g} s; sort the trace by its arrival times"
+                f"expected arrivals in ascending order, found {request.arrival_s:g} s after {self._before:g} s; sort "
+                "the trace by its arrival times"
             )
-        before = request.arrival_s
+        self._before = request.arrival_s
         for field in ("prompt_tokens", "output_tokens"):
             if not 1 <= getattr(request, field) < MAX_TOKENS:
-                found = getattr(request, field)
-                raise TraceError(f"{source}, request {line}: expected 1 <= {field} < 2^31, found {found!r}")
+                raise TraceError(f"expected 1 <= {field} < 2^31, found {getattr(request, field)!r}")
 
 
 def poisson_arrivals(requests: Iterable[Request], requests_per_s: float, seed: int = 0) -> list[Request]:
@@ -173,11 +175,14 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
 
 def _requests(path: Path, rows: Iterator[tuple[int, Row]], timeless: bool) -> Iterator[Request]:
     convert: Callable[[Row, int], Request] | None = None
+    order = Order()
     for index, (line, row) in enumerate(rows):
         try:
             if convert is None:
                 convert = _converter(row, timeless)
-            yield convert(row, index)
+            request = convert(row, index)
+            order.check(request)
+            yield request
         except TraceError as error:
             raise TraceError(f"{path}, line {line}: {error}") from error
 

@@ -1,16 +1,18 @@
 """Simulated against real: the requests of a record, run through the simulator with step times of the same machine."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from homkv.errors import TraceError
 from homkv.sim.costs import Costs
 from homkv.sim.engine import System, simulate
-from homkv.sim.fitted import beside, fit, handoff_s
+from homkv.sim.fitted import beside, fit, handoff_s, seal_per_token_s
 from homkv.sim.formats import make_format
 from homkv.sim.hardware import find_gpu, find_model
 from homkv.sim.record import PHASES, RequestRecord, Run, read_record
@@ -23,7 +25,10 @@ MIN_REQUESTS = 2
 
 @dataclass(frozen=True)
 class Validation:
-    """One run, measured and simulated. Errors: ``simulated / measured - 1``. ``pairs``: JCT of every request."""
+    """One run, measured and simulated. Errors: ``simulated / measured - 1``. ``pairs``: JCT of every request.
+
+    ``turns_jct_s``: measured mean JCT of each turn.
+    """
 
     run_id: str
     kv_cache_dtype: str
@@ -36,6 +41,12 @@ class Validation:
     measured_phases_s: dict[str, float]
     simulated_phases_s: dict[str, float]
     pairs: list[tuple[float, float]]
+    turns_jct_s: list[float]
+
+    @property
+    def noise(self) -> float:
+        """How far a turn is from the mean of all turns, at most: what a model of the machine cannot know."""
+        return max(abs(turn_s / self.measured_jct_s - 1) for turn_s in self.turns_jct_s)
 
     @property
     def mean_error(self) -> float:
@@ -54,25 +65,31 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        errors = {"mean_error": self.mean_error, "p99_error": self.p99_error, "holds": self.holds}
+        errors = {"mean_error": self.mean_error, "p99_error": self.p99_error, "noise": self.noise, "holds": self.holds}
         return {"kind": "sim-validation", **asdict(self), **errors}
 
 
 CostsOf = Callable[[Run], Costs]
 
 
-def validate(path: Path, costs_of: CostsOf = fit) -> list[Validation]:
+def validate(path: Path, costs_of: CostsOf = fit, max_load: float = math.inf) -> list[Validation]:
     """Every run of a record; turns of one configuration (run ids that differ in ``/0``, ``/1`` … only) are pooled.
 
-    ``costs_of``: step times, by default fitted to each run's own step lines. Raises TraceError for a record that cannot
-    be used.
+    ``costs_of``: step times, by default fitted to each run's own step lines. ``max_load``: turns behind which the
+    machine's load average of one minute was above it are left out, with what was timed before them: other work ran.
+    Raises TraceError for a record that cannot be used.
     """
     groups: dict[str, list[Run]] = {}
-    record = list(read_record(path).values())
+    record = [run for run in read_record(path).values() if load_average(run) <= max_load]
     for run in record:
         name, _, turn = run.info.run_id.rpartition("/")
         groups.setdefault(name if name and turn.isdecimal() else run.info.run_id, []).append(run)
     return [compared(name, runs, costs_of, record) for name, runs in groups.items()]
+
+
+def load_average(run: Run) -> float:
+    """The machine's, of one minute, behind a run; 0 where the record does not say."""
+    return float(run.info.options.get("load_average", "0").split()[0])
 
 
 def tables(gpu: str, model: str) -> CostsOf:
@@ -85,8 +102,13 @@ def tables(gpu: str, model: str) -> CostsOf:
 
 
 def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit, record: Sequence[Run] = ()) -> Validation:
-    """Runs of one configuration, each simulated by itself, taken together. ``record``: all runs beside them."""
-    pairs = [pair for run in runs for pair in simulated(run, costs_of, record)]
+    """Runs of one configuration, each simulated by itself, taken together. ``record``: all runs beside them.
+
+    What was timed before each turn counts for all of them.
+    """
+    steps = tuple(step for run in runs for step in run.steps)
+    turns = [simulated(msgspec.structs.replace(run, steps=steps), costs_of, record) for run in runs]
+    pairs = [pair for turn in turns for pair in turn]
     measured_jct, simulated_jct = (np.array([r.jct_s for r in side]) for side in zip(*pairs, strict=True))
     measured_phases, simulated_phases = (
         {name: float(np.mean([getattr(r, name) for r in side])) for name in PHASES} for side in zip(*pairs, strict=True)
@@ -103,6 +125,7 @@ def compared(run_id: str, runs: Sequence[Run], costs_of: CostsOf = fit, record: 
         measured_phases_s=measured_phases,
         simulated_phases_s=simulated_phases,
         pairs=[(real.jct_s, found.jct_s) for real, found in pairs],
+        turns_jct_s=[float(np.mean([real.jct_s for real, _ in turn])) for turn in turns],
     )
 
 
@@ -136,6 +159,7 @@ def system_of(run: Run, costs: Costs, record: Sequence[Run] = ()) -> System:
         reserves_early=info.reserves_early,
         capacity_bytes=info.kv_capacity_bytes,
         max_batch=info.max_batch,
+        seal_per_token_s=seal_per_token_s(run),
         prefill_beside=prefill_beside,
         decode_beside=decode_beside,
     )

@@ -19,8 +19,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from homkv.errors import UnsupportedError
 from homkv.spec import PAGE_TOKENS
-from homkv.vllm.blocks import BlockPlan
-from homkv.vllm.lasting import Lasting
+from homkv.vllm.blocks import BlockPlan, ceil_div
+from homkv.vllm.lasting import Kept, Lasting
 from homkv.vllm.store import Places, page_ids
 
 
@@ -37,20 +37,21 @@ class Chunk:
 class StepMetadata:
     """One step's batch: sequences with a single token first, then chunks of prompts. Layers share it.
 
-    ``places``: of the single tokens; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids;
-    ``status [1] int32``: what GPU kernels report of single tokens, None where encoding raises by itself.
+    ``num_single``: of the former; ``lengths [B]``: tokens after this step; ``tables [B, num_pages]``: see page_ids;
+    ``planned``: where the single tokens go, or what kernels need to find that out on a GPU.
     """
 
-    places: Places
+    num_single: int
     chunks: list[Chunk]
     lengths: Tensor
     tables: Tensor
-    status: Tensor | None
+    planned: Places | Kept
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vllm is untyped to us
     """Splits a batch into single tokens and chunks. On GPUs a CUDA graph may hold the step if there are no chunks."""
 
+    plan: ClassVar[BlockPlan]
     _cudagraph_support: ClassVar[Any] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
@@ -67,20 +68,21 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
 
         Raises FormatError for an earlier step, UnsupportedError for a batch that is not causal throughout.
         """
-        batch, plan_block = common_attn_metadata, self.kv_cache_spec.block_size
+        batch = common_attn_metadata
         refuse_masks(batch)
         num_single = split_decodes_and_prefills(batch, decode_threshold=1)[0]
         chunks = self._chunks(batch, num_single)
         blocks = batch.block_table_tensor[: batch.num_reqs]
         if self._lasting is None:
             lengths = _host_lengths(batch)[:num_single]
-            blocks = blocks[:, : max(-(-batch.max_seq_len // plan_block), 1)]
-            tables = page_ids(blocks, plan_block // PAGE_TOKENS)
-            return StepMetadata(Places.of(lengths), chunks, batch.seq_lens, tables, None)
+            blocks = blocks[:, : max(ceil_div(batch.max_seq_len, self.plan.block_size), 1)]
+            tables = page_ids(blocks, self.plan.pages_per_block)
+            places = Places.of(lengths, self.plan.ring_blocks)
+            return StepMetadata(num_single, chunks, batch.seq_lens, tables, places)
         self._lasting.check(wait=bool(chunks))
-        tables = page_ids(blocks, plan_block // PAGE_TOKENS)
-        places, lengths, tables = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
-        return StepMetadata(places, chunks, lengths, tables, self._lasting.status)
+        tables = page_ids(blocks, self.plan.pages_per_block)
+        kept = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
+        return StepMetadata(num_single, chunks, kept.lengths, kept.tables, kept)
 
     def _chunks(self, batch: CommonAttentionMetadata, num_single: int) -> list[Chunk]:
         if num_single == batch.num_reqs:
@@ -128,10 +130,10 @@ class PagesBackend(AttentionBackend):  # type: ignore[misc]
 
         return type(f"{cls.plan.name}_Impl", (PagesImpl,), {"plan": cls.plan})
 
-    @staticmethod
-    def get_builder_cls() -> type[StepMetadataBuilder]:
+    @classmethod
+    def get_builder_cls(cls) -> type[StepMetadataBuilder]:
         """See :class:`StepMetadataBuilder`."""
-        return StepMetadataBuilder
+        return type(f"{cls.plan.name}_Builder", (StepMetadataBuilder,), {"plan": cls.plan})
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

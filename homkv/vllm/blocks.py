@@ -4,7 +4,8 @@ vLLM's allocator knows one block size in bytes. Per layer and kv head, one of it
 
 * ``pages_per_block`` pages of 64 tokens, which tokens ``[block_size * i, block_size * (i + 1))`` became, or
 * 64 exact tokens, keys then values, and a tag: an *exact block*. A sequence has up to three of them: its first 64
-  tokens (its sinks), and the two halves of a ring of 128 tokens that the window moves through.
+  tokens (its sinks), and a ring of 128 tokens in two blocks that the window moves through. A longer window takes a
+  longer ring: always 64 tokens more than the window has at least.
 
 ``pages_per_block`` is the smallest number of pages that such an exact block fits into, so both kinds are equally large.
 """
@@ -15,11 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from homkv.errors import FormatError, UnsupportedError
-from homkv.spec import FORMAT_VERSION, HEAD_DIMS, MIN_WINDOW, PAGE_TOKENS, PRESETS, RowsSpec
+from homkv.spec import ALL_PRESETS, FORMAT_VERSION, HEAD_DIMS, PAGE_TOKENS, RowsSpec
 
 BLOCK_VERSION = 1  # of the layout of a block around its pages; part of the backend's name
-EXACT_BLOCKS = 3  # of a sequence: first tokens, half of odd pages, half of even pages
-TAG_BYTES = 16  # which page's tokens a half holds, and that page's digest: two int64
+TAG_BYTES = 16  # which page's tokens a block of the ring holds, and that page's digest: two int64
 RAW_BYTES = (2, 4)  # of one exact number: float16 and bfloat16, float32
 
 
@@ -37,12 +37,7 @@ class BlockPlan:
 
     @classmethod
     def of(cls, spec: RowsSpec, head_dim: int, raw_bytes: int = 2) -> "BlockPlan":
-        """The plan for a model. Raises UnsupportedError for a head_dim or a window that blocks do not cover."""
-        if spec.min_window != MIN_WINDOW:
-            raise UnsupportedError(
-                f"expected a format with the usual window of {MIN_WINDOW} tokens inside vLLM, found {spec.name}; leave "
-                f"the w{spec.min_window} away, or serve it with --engine homkv"
-            )
+        """The plan for a model. Raises UnsupportedError for a head_dim that pages do not cover."""
         page_bytes = spec.layout(head_dim).page_bytes
         exact = PAGE_TOKENS * 2 * head_dim * raw_bytes + TAG_BYTES
         return cls(spec, ceil_div(exact, page_bytes) * PAGE_TOKENS)
@@ -55,19 +50,29 @@ class BlockPlan:
     @classmethod
     def parse(cls, name: str) -> "BlockPlan":
         """Read a backend name. Raises FormatError."""
-        match = re.fullmatch(r"HOMKV_(K[0248]{4}V[0248]{4})_P(\d+)_L(\d+)_B(\d+)", name)
-        versions = (str(FORMAT_VERSION), str(BLOCK_VERSION))
-        if match is None or match.groups()[1:3] != versions or int(match[4]) % PAGE_TOKENS or int(match[4]) == 0:
+        match = re.fullmatch(r"HOMKV_(K[0248]{4}V[0248]{4}(?:W(?:64|128|192|256))?)_P\d+_L\d+_B(\d+)", name)
+        plan = cls(RowsSpec.parse(match[1].lower()), int(match[2])) if match else None
+        if plan is None or plan.name != name or plan.block_size % PAGE_TOKENS or plan.block_size == 0:
             raise FormatError(
-                f"expected a backend HOMKV_<format>_P{versions[0]}_L{versions[1]}_B<multiple of {PAGE_TOKENS}>, found "
-                f"{name!r}; `homkv serve --engine vllm --dry-run` prints the one for a model"
+                f"expected a backend HOMKV_<format>_P{FORMAT_VERSION}_L{BLOCK_VERSION}_B<multiple of {PAGE_TOKENS}>, "
+                f"found {name!r}; `homkv serve --engine vllm --dry-run` prints the one for a model"
             )
-        return cls(RowsSpec.parse(match[1].lower()), int(match[4]))
+        return plan
 
     @property
     def pages_per_block(self) -> int:
         """Pages of one kv head in a block."""
         return self.block_size // PAGE_TOKENS
+
+    @property
+    def ring_blocks(self) -> int:
+        """Exact blocks of a ring: the window, and 64 tokens that become a page."""
+        return self.spec.min_window // PAGE_TOKENS + 1
+
+    @property
+    def exact_blocks(self) -> int:
+        """Exact blocks of a long sequence: first tokens and ring."""
+        return 1 + self.ring_blocks
 
     def check(self, head_dim: int, raw_bytes: int, block_size: int) -> None:
         """Raise UnsupportedError unless this plan is the one for the model and vLLM cuts blocks as it says."""
@@ -89,7 +94,7 @@ class BlockPlan:
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a sequence of ``num_tokens`` tokens occupies, and that NIXL sends for it."""
-        return ceil_div(num_tokens, self.block_size) + min(ceil_div(num_tokens, PAGE_TOKENS), EXACT_BLOCKS)
+        return ceil_div(num_tokens, self.block_size) + min(ceil_div(num_tokens, PAGE_TOKENS), self.exact_blocks)
 
     def kv_bytes(self, num_tokens: int, head_dim: int) -> int:
         """Bytes that a sequence occupies per layer and kv head, everything counted."""
@@ -103,13 +108,13 @@ class BlockPlan:
         page_bytes = self.spec.layout(head_dim).page_bytes
         pages = ceil_div(num_tokens, self.block_size) * self.pages_per_block - ceil_div(num_tokens, PAGE_TOKENS) + 1
         exact = PAGE_TOKENS * 2 * head_dim * raw_bytes + TAG_BYTES
-        exact_blocks = min(ceil_div(num_tokens, PAGE_TOKENS), EXACT_BLOCKS)
+        exact_blocks = min(ceil_div(num_tokens, PAGE_TOKENS), self.exact_blocks)
         return pages * page_bytes + exact_blocks * (self.block_bytes(head_dim) - exact)
 
 
 def preset_names() -> Iterator[str]:
     """Backend names of all presets, for every head_dim and width of exact numbers."""
-    for preset in PRESETS:
+    for preset in ALL_PRESETS:
         for head_dim in HEAD_DIMS:
             for raw_bytes in RAW_BYTES:
                 yield BlockPlan.of(RowsSpec.parse(preset), head_dim, raw_bytes).name

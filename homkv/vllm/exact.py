@@ -1,8 +1,8 @@
 """The exact blocks of a sequence as vLLM sees them: a spec, the manager that allocates them, and an auxiliary layer.
 
 Every attention layer brings one :class:`ExactLayer`, a layer without weights whose only purpose is a second cache
-group: up to three blocks of 64 tokens per sequence (the first tokens, and the two halves of the window), as large as
-blocks of pages and from the same pool. The first one is shared through the prefix cache, the others are the sequence's.
+group: a few blocks of 64 tokens per sequence (the first tokens, and the ring of the window), as large as blocks of
+pages and from the same pool. The first one is shared through the prefix cache, the others are the sequence's.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,14 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from homkv.spec import PAGE_TOKENS
-from homkv.vllm.blocks import EXACT_BLOCKS, BlockPlan, ceil_div
+from homkv.vllm.blocks import BlockPlan, ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSpec(AttentionSpec):  # type: ignore[misc]  # vllm is untyped to us
-    """At most EXACT_BLOCKS blocks of 64 tokens per sequence, however long it is."""
+    """At most ``exact_blocks`` blocks of 64 tokens per sequence, however long it is."""
+
+    exact_blocks: int
 
     @property
     def block_table_token_alignment(self) -> int | None:
@@ -42,11 +44,11 @@ class ExactSpec(AttentionSpec):  # type: ignore[misc]  # vllm is untyped to us
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of one sequence."""
-        return EXACT_BLOCKS * int(self.page_size_bytes)
+        return self.exact_blocks * int(self.page_size_bytes)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Columns of the block table."""
-        return EXACT_BLOCKS
+        return self.exact_blocks
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
         """Only exact blocks go with exact blocks."""
@@ -59,10 +61,10 @@ class ExactSpec(AttentionSpec):  # type: ignore[misc]  # vllm is untyped to us
 
 
 class ExactManager(SingleTypeKVCacheManager):  # type: ignore[misc]
-    """Gives a sequence its blocks as it grows to three, and shares the first one with sequences of the same prefix."""
+    """Gives a sequence its blocks as it grows to a few, and shares the first one with sequences of the same prefix."""
 
     def _missing(self, request_id: str, num_tokens: int, hits: int = 0) -> int:
-        needed = min(ceil_div(num_tokens, self.block_size), EXACT_BLOCKS)
+        needed = min(ceil_div(num_tokens, self.block_size), int(self.kv_cache_spec.exact_blocks))
         return max(needed - len(self.req_to_blocks.get(request_id, ())) - hits, 0)
 
     def _claim(self, request_id: str, num_tokens: int) -> list[Any]:
@@ -137,7 +139,7 @@ def register_spec() -> None:
 
 
 class ExactTableBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
-    """The metadata of an exact layer is its block table, ``[B, EXACT_BLOCKS] int32``: vLLM's own, at its address."""
+    """The metadata of an exact layer is its block table, ``[B, exact_blocks] int32``: vLLM's own, at its address."""
 
     _cudagraph_support: ClassVar[Any] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -148,7 +150,8 @@ class ExactTableBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         """Hand the table on."""
-        return common_attn_metadata.block_table_tensor[: common_attn_metadata.num_reqs, :EXACT_BLOCKS]
+        num_reqs, columns = common_attn_metadata.num_reqs, self.kv_cache_spec.exact_blocks
+        return common_attn_metadata.block_table_tensor[:num_reqs, :columns]
 
 
 class ExactBackend(AttentionBackend):  # type: ignore[misc]
@@ -209,4 +212,5 @@ class ExactLayer(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             head_size=self.head_size,
             dtype=torch.uint8,
             state_content_bytes=self.plan.block_bytes(self.head_size) // PAGE_TOKENS,
+            exact_blocks=self.plan.exact_blocks,
         )

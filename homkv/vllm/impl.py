@@ -11,13 +11,14 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from homkv.attention import api
 from homkv.attention.prefill import causal
+from homkv.attention.view import LayerView
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.rope import pairing_of, rope_from_config
 from homkv.vllm.backend import Chunk, StepMetadata
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.exact import ExactLayer
-from homkv.vllm.store import Halves, LayerStore
+from homkv.vllm.store import LayerStore, Places, Ring
 
 EXACT_PREFIX = "homkv.layers"
 
@@ -123,10 +124,9 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         for chunk, ring in zip(step.chunks, rings, strict=True):
             table, blocks = step.tables[chunk.row], exact[chunk.row]
             store.store_many(table, blocks, chunk.start, key[chunk.at], value[chunk.at], ring)
-        n = len(step.places.at)
+        n = step.num_single
         if n:
-            store.store_one(step.tables[:n], exact[:n], step.places, key[:n], value[:n], step.status)
-            view = store.view(step.tables[:n], exact[:n], store.halves(exact[:n], step.lengths[:n]), new=1)
+            view = _store_and_view(store, step, exact[:n], key[:n], value[:n])
             o, _ = api.attend(query[:n].unsqueeze(2), view, self.codec, self.scale)
             output[:n] = o.squeeze(2).to(output.dtype)
         for chunk, ring in zip(step.chunks, rings, strict=True):
@@ -139,9 +139,18 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
             output[chunk.at] = o[0].transpose(0, 1).to(output.dtype)
         return output
 
-    def _ring(self, store: LayerStore, exact: Tensor, chunk: Chunk) -> Halves | None:
+    def _ring(self, store: LayerStore, exact: Tensor, chunk: Chunk) -> Ring | None:
         """What a chunk finds of its own sequence's window; None if it is the first one."""
         if chunk.start == 0:
             return None
         before = torch.tensor([chunk.start], device=exact.device)
-        return store.halves(exact[chunk.row : chunk.row + 1], before)
+        return store.ring(exact[chunk.row : chunk.row + 1], before)
+
+
+def _store_and_view(store: LayerStore, step: StepMetadata, exact: Tensor, k: Tensor, v: Tensor) -> LayerView:
+    """Store a token of each of n sequences, and what it attends to; ``exact [n, 1 + R]``, ``k v [n, G, D]``."""
+    n = step.num_single
+    if isinstance(step.planned, Places):
+        store.store_one(step.tables[:n], exact, step.planned, k, v)
+        return store.view(step.tables[:n], exact, store.ring(exact, step.lengths[:n]), new=1)
+    return store.step(step.planned.pages, exact, step.lengths[:n], k, v, step.planned.status)

@@ -1,12 +1,24 @@
 """A step's metadata at addresses that stay: what a captured CUDA graph reads at every replay. Knows nothing of vLLM."""
 
-from dataclasses import fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from homkv.errors import FormatError
-from homkv.vllm.store import Places
+
+
+@dataclass(frozen=True)
+class Kept:
+    """``lengths [B] tables [B, num_pages]`` of a step's sequences; ``pages``: tables of single tokens without page 0.
+
+    ``status [1] int32``: what kernels report of single tokens.
+    """
+
+    lengths: Tensor
+    tables: Tensor
+    pages: Tensor
+    status: Tensor
 
 
 class Lasting:
@@ -14,20 +26,20 @@ class Lasting:
 
     def __init__(self, max_rows: int, device: torch.device | str) -> None:
         self._max_rows, self._device = max_rows, torch.device(device)
-        self._places = Places.fixed(torch.zeros(max_rows, dtype=torch.int64, device=device))
         self._lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._tables: Tensor | None = None
+        self._pages: Tensor | None = None
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
         self._report = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._device.type == "cuda")
         self._reported: torch.cuda.Event | None = None
 
-    def keep(self, num_single: int, lengths: Tensor, tables: Tensor) -> tuple[Places, Tensor, Tensor]:
-        """Places of the first ``num_single`` of B sequences, ``lengths [B]`` and ``tables [B, num_pages]``, copied."""
-        if self._tables is None:  # all tables of an engine are equally wide
+    def keep(self, num_single: int, lengths: Tensor, tables: Tensor) -> Kept:
+        """Of B sequences, ``lengths [B]`` and ``tables [B, num_pages]``, the first ``num_single`` have one token."""
+        if self._tables is None or self._pages is None:  # all tables of an engine are equally wide
             self._tables = tables.new_zeros(self._max_rows, tables.shape[1])
-        fresh = Places.fixed(lengths[:num_single])
-        kept = Places(*(_kept(getattr(self._places, x.name), getattr(fresh, x.name)) for x in fields(Places)))
-        return kept, _kept(self._lengths, lengths), _kept(self._tables, tables)
+            self._pages = tables.new_zeros(self._max_rows, tables.shape[1] - 1)
+        pages = _kept(self._pages, tables[:num_single, 1:])
+        return Kept(_kept(self._lengths, lengths), _kept(self._tables, tables), pages, self.status)
 
     def check(self, wait: bool) -> None:
         """Raise FormatError if a page could not be encoded, in the step before the last one, or in the last one.

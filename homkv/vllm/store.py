@@ -3,17 +3,17 @@
 Page j holds tokens ``[64 j, 64 j + 64)``. Unlike elsewhere in homkv the first 64 tokens, not 4, are sinks: so pages
 never straddle vLLM's blocks and can be shared by their prefix. A page is encoded as soon as its last token is there.
 Attention nevertheless reads the newest 64 to 127 stored tokens exactly, and beside them the token that it is computed
-for. They lie in a ring of two halves: token t in half ``(t div 64 + 1) mod 2`` at ``t mod 64``. The place is a function
-of the position, so storing a token twice, as the decode side of a transfer does with the last prompt token, leaves the
-same bytes.
+for (with a window of N: N to N + 63). They lie in a ring of R = N / 64 + 1 blocks: page j's tokens in block
+``(j - 1) mod R``, token t at ``t mod 64``. The place is a function of the position, so storing a token twice, as the
+decode side of a transfer does with the last prompt token, leaves the same bytes.
 
-A full half carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand
+A full block carries a **tag**: the page j that its tokens became, and a digest of that page's bytes. Its tokens stand
 for page j only while the tag names the page that the sequence's own page table points to. So a ring block that was
 just allocated, for a sequence that starts behind cached pages, is never mistaken for its window: the newest cached
-page is read as a page until the ring has filled.
+pages are read as pages until the ring has filled.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -26,21 +26,20 @@ from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import TAG_BYTES, BlockPlan
 
-NULL_BLOCK = 0  # vLLM gives it to nobody: what is written there is never read
 MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: the golden ratio's, as a signed 64-bit number
 
 
 Index = TypeVar("Index", int, Tensor)
 
 
-def half_of(page: Index) -> Index:
-    """Which half of the ring holds a page's tokens. Page 1, the first that is not exact for good, uses the first."""
-    return (page + 1) % 2
+def place_of(page: Index, ring_blocks: int) -> Index:
+    """Which block of the ring holds a page's tokens. Page 1, the first that is not exact for good, uses the first."""
+    return (page - 1) % ring_blocks
 
 
 @dataclass(frozen=True)
-class Halves:
-    """Both halves of B rings, copied: ``k v [B, 2, G, 64, D]``, ``tags [B, 2, 2] int64``; ``tokens [B]``: stored."""
+class Ring:
+    """The rings of B sequences, copied: ``k v [B, R, G, 64, D]``, ``tags [B, R, 2] int64``; ``tokens [B]``: stored."""
 
     k: Tensor
     v: Tensor
@@ -52,34 +51,23 @@ class Halves:
 class Places:
     """Where one new token of each of B sequences goes; the same in every layer.
 
-    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page may be full
-    with it, ``pages [m]``: that page, ``full [m] bool``: whether it is. The rest int64; all on one device.
+    ``column [B, 1]`` of the exact blocks, ``at [B]`` inside the block; ``due [m]``: sequences whose page is full with
+    it, ``pages [m]``: that page. All int64 and on one device.
     """
 
     column: Tensor
     at: Tensor
     due: Tensor
     pages: Tensor
-    full: Tensor
 
     @classmethod
-    def of(cls, lengths: Tensor) -> "Places":
-        """For tokens at position ``lengths - 1``. On the host: ``due`` names the full pages and no other."""
-        fixed = cls.fixed(lengths)
-        due = fixed.due[fixed.full]
-        return replace(fixed, due=due, pages=fixed.pages[due], full=fixed.full[due])
-
-    @classmethod
-    def fixed(cls, lengths: Tensor) -> "Places":
-        """The same in shapes that depend on B alone and without reading anything back: ``due`` names every sequence.
-
-        A length of 0 stands for none: its token goes to the block that its table names, the first one's start.
-        """
-        position = (lengths.long() - 1).clamp(min=0)
+    def of(cls, lengths: Tensor, ring_blocks: int) -> "Places":
+        """For tokens at position ``lengths - 1``."""
+        position = lengths.long() - 1
         page, at = position // PAGE_TOKENS, position % PAGE_TOKENS
-        column = torch.where(page > 0, 1 + half_of(page), 0).unsqueeze(1)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        return cls(column, at, rows, page, (at == PAGE_TOKENS - 1) & (page > 0))
+        column = torch.where(page > 0, 1 + place_of(page, ring_blocks), 0).unsqueeze(1)
+        due = ((at == PAGE_TOKENS - 1) & (page > 0)).nonzero().squeeze(1)
+        return cls(column, at, due, page[due])
 
 
 def page_ids(table: Tensor, pages_per_block: int) -> Tensor:
@@ -126,29 +114,23 @@ class LayerStore:
 
     # -- storing -------------------------------------------------------------------------------------------------------
 
-    def store_one(
-        self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor, status: Tensor | None = None
-    ) -> None:
+    def store_one(self, tables: Tensor, exact: Tensor, places: Places, k: Tensor, v: Tensor) -> None:
         """Store one token of each sequence, ``k v [B, G, D]``, and the pages that it fills.
 
-        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 3]`` block ids; ``status``: see homkv's encode.
-        What is due but not full becomes a page of zeros in the null block. So with :meth:`Places.fixed` and a status
-        every step does the same, and a CUDA graph can hold it.
+        ``tables [B, num_pages]`` from :func:`page_ids`, ``exact [B, 1 + R]`` block ids.
         """
         blocks = exact.long().gather(1, places.column).squeeze(1)
         self.exact_k[blocks, :, places.at] = k.to(self.exact_k.dtype)
         self.exact_v[blocks, :, places.at] = v.to(self.exact_v.dtype)
         if len(places.due):
-            ids = torch.where(places.full, tables[places.due, places.pages], NULL_BLOCK * self.plan.pages_per_block)
-            source, full = blocks[places.due], places.full[:, None, None, None]
-            tokens_k, tokens_v = (torch.where(full, x[source], 0) for x in (self.exact_k, self.exact_v))
-            self._encode(tokens_k, tokens_v, ids, status)
-            self._tag(torch.where(places.full, source, NULL_BLOCK), places.pages, ids)
+            ids, source = tables[places.due, places.pages], blocks[places.due]
+            self._encode(self.exact_k[source], self.exact_v[source], ids)
+            self._tag(source, places.pages, ids)
 
-    def store_many(self, table: Tensor, exact: Tensor, start: int, k: Tensor, v: Tensor, before: Halves | None) -> None:
+    def store_many(self, table: Tensor, exact: Tensor, start: int, k: Tensor, v: Tensor, before: Ring | None) -> None:
         """Store tokens ``[start, start + T)`` of one sequence, ``k v [T, G, D]``; pages as they fill.
 
-        ``table [num_pages]``, ``exact [3]`` of this sequence. ``before``: its ring as it was, if start is not 0.
+        ``table [num_pages]``, ``exact [1 + R]`` of this sequence. ``before``: its ring as it was, if start is not 0.
         """
         k, v = (x.transpose(0, 1).to(self.exact_k.dtype) for x in (k, v))
         first, stop = start // PAGE_TOKENS, start + k.shape[1]
@@ -162,58 +144,69 @@ class LayerStore:
             whole = slice(offset * PAGE_TOKENS, (last - first) * PAGE_TOKENS)
             whole_k, whole_v = (x[:, whole].unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1) for x in (k, v))
             self._encode(whole_k, whole_v, table[first + offset : last])
-        for index in sorted({0, last - 1, last}):
+        for index in sorted({0, *range(last + 1 - self.plan.ring_blocks, last + 1)}):
             tokens = slice((index - first) * PAGE_TOKENS, (index - first + 1) * PAGE_TOKENS)
             if index < first or tokens.start >= k.shape[1]:
                 continue
-            block = exact[0 if index == 0 else 1 + half_of(index)].long()
+            block = exact[0 if index == 0 else 1 + self._place_of(index)].long()
             count = k[:, tokens].shape[1]
             self.exact_k[block, :, :count] = k[:, tokens]
             self.exact_v[block, :, :count] = v[:, tokens]
             if index and count == PAGE_TOKENS:
                 self._tag(block[None], torch.tensor([index], device=exact.device), table[index : index + 1])
 
-    def _open_tokens(self, exact: Tensor, index: int, before: Halves | None) -> tuple[Tensor, Tensor]:
+    def _place_of(self, page: Index) -> Index:
+        return place_of(page, self.plan.ring_blocks)
+
+    def _open_tokens(self, exact: Tensor, index: int, before: Ring | None) -> tuple[Tensor, Tensor]:
         if index == 0:
             return self.exact_k[exact[0].long()], self.exact_v[exact[0].long()]
         assert before is not None  # there is a ring where there was a token
-        return before.k[0, half_of(index)], before.v[0, half_of(index)]
+        return before.k[0, self._place_of(index)], before.v[0, self._place_of(index)]
 
-    def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor, status: Tensor | None = None) -> None:
+    def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor) -> None:
         """``k v [n, G, 64, D]`` become pages ``page_ids [n]``."""
         k, v = (x.transpose(0, 1).flatten(1, 2).contiguous() for x in (k, v))
-        self.pool[page_ids.long()] = api.encode(self.codec, k, v, status=status)
+        self.pool[page_ids.long()] = api.encode(self.codec, k, v)
 
     def _tag(self, blocks: Tensor, index: Tensor, page_ids: Tensor) -> None:
         self.tags[blocks] = torch.stack((index, self.digest(page_ids)), -1)
 
+    def step(self, pages: Tensor, exact: Tensor, lengths: Tensor, k: Tensor, v: Tensor, status: Tensor) -> LayerView:
+        """:meth:`store_one` and :meth:`view` in a few kernels, which a CUDA graph can hold: the same whatever is due.
+
+        ``pages [B, num_pages - 1] int32``: the tables without page 0; ``lengths [B] int32`` with the new token, 0 for
+        no sequence; ``status [1] int32``: set by values that the format cannot hold.
+        """
+        from homkv.attention.triton import blocks  # Triton is optional
+
+        memory = blocks.ExactBlocks(self.exact_k, self.exact_v, self.tags, MULTIPLIER)
+        return blocks.step(k, v, self.pool, memory, exact, lengths, pages, self.codec, status)
+
     # -- attending -----------------------------------------------------------------------------------------------------
 
-    def halves(self, exact: Tensor, tokens: Tensor) -> Halves:
-        """Copy the rings of B sequences that hold ``tokens [B]`` tokens; ``exact [B, 3]`` block ids."""
-        ring = exact[:, 1:].long()
-        return Halves(self.exact_k[ring], self.exact_v[ring], self.tags[ring], tokens)
+    def ring(self, exact: Tensor, tokens: Tensor) -> Ring:
+        """Copy the rings of B sequences that hold ``tokens [B]`` tokens; ``exact [B, 1 + R]`` block ids."""
+        blocks = exact[:, 1:].long()
+        return Ring(self.exact_k[blocks], self.exact_v[blocks], self.tags[blocks], tokens)
 
-    def view(self, tables: Tensor, exact: Tensor, halves: Halves, new: int = 0) -> LayerView:
+    def view(self, tables: Tensor, exact: Tensor, ring: Ring, new: int = 0) -> LayerView:
         """What attention reads: pages by reference, first tokens and window copied into one piece.
 
-        ``tables [B, num_pages]``, ``exact [B, 3]``. The last full half counts if its tag holds (see above). ``new``: 1
-        if the newest of the tokens is the one that attends. It joins the window that was there before it, 64 exact
-        tokens or more, and a page is read as a page from the next token on, as in homkv's own cache.
+        ``tables [B, num_pages]``, ``exact [B, 1 + R]``. ``new``: 1 if the newest of the tokens is the one that attends.
+        It joins the window that was there before it, 64 exact tokens or more, and a page is read as a page from the
+        next token on, as in homkv's own cache.
         """
-        tokens, rows = halves.tokens.long(), torch.arange(exact.shape[0], device=exact.device)
+        tokens, rows = ring.tokens.long(), torch.arange(exact.shape[0], device=exact.device)
         open_page = (tokens - new).clamp(min=0) // PAGE_TOKENS
-        full_page = (open_page - 1).clamp(min=0)
-        ids = tables.gather(1, full_page.clamp(max=tables.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        tag = halves.tags[rows, half_of(full_page)]
-        holds = (full_page > 0) & (tag[:, 0] == full_page) & (tag[:, 1] == self.digest(ids))
-        window_page = torch.where(holds, full_page, open_page)
-        order = torch.stack((half_of(window_page), half_of(open_page)), 1)
+        window_page = open_page - self._held(tables, ring, open_page)
+        steps = torch.arange(self.plan.ring_blocks, device=exact.device)
+        order = self._place_of(window_page.unsqueeze(1) + steps)
         parts = []
-        for first, ring in ((self.exact_k, halves.k), (self.exact_v, halves.v)):
-            window = ring[rows.unsqueeze(1), order]
-            all_three = torch.cat((first[exact[:, 0].long()].unsqueeze(1), window), 1)
-            parts.append(all_three.transpose(1, 2).flatten(2, 3).contiguous())
+        for first, blocks in ((self.exact_k, ring.k), (self.exact_v, ring.v)):
+            window = blocks[rows.unsqueeze(1), order]
+            in_order = torch.cat((first[exact[:, 0].long()].unsqueeze(1), window), 1)
+            parts.append(in_order.transpose(1, 2).flatten(2, 3).contiguous())
         num_exact = tokens.clamp(max=PAGE_TOKENS) + torch.where(open_page > 0, tokens - PAGE_TOKENS * window_page, 0)
         return LayerView(
             pool=self.pool,
@@ -224,3 +217,12 @@ class LayerStore:
             exact_len=num_exact.to(torch.int32),
             slots=rows.to(torch.int32),
         )
+
+    def _held(self, tables: Tensor, ring: Ring, open_page: Tensor) -> Tensor:
+        """How many full pages before ``open_page [B]`` the ring holds, without a gap, by their tags: ``[B]``."""
+        back = torch.arange(1, self.plan.ring_blocks, device=tables.device)
+        pages = open_page.unsqueeze(1) - back
+        ids = tables.gather(1, pages.clamp(min=0, max=tables.shape[1] - 1))
+        tags = ring.tags.gather(1, self._place_of(pages).unsqueeze(-1).expand(-1, -1, 2))
+        holds = (pages > 0) & (tags[..., 0] == pages) & (tags[..., 1] == self.digest(ids))
+        return holds.long().cumprod(1).sum(1)

@@ -14,10 +14,12 @@ from homkv.bench import generate
 from homkv.bench.generate import (
     MODELS,
     GenerateBenchOptions,
+    cases,
     codec_of,
     default_dtype,
     empty_kv,
     fill_pages,
+    kv_bytes,
     random_model,
     run,
     speed_table,
@@ -96,6 +98,37 @@ def test_filled_kv_decodes() -> None:
             assert decoder.run().shape == (2, 20)
     assert [pages.cache.num_tokens(s) for s in pages.seq_ids] == [270, 270]
     pages.cache.check()
+
+
+def test_bytes_are_known_before_they_are_taken() -> None:
+    pages = PagesKV.reserve(
+        codec_of(TINY, "balanced"),
+        [300] * 3,
+        num_layers=TINY.num_layers,
+        num_kv_heads=TINY.num_kv_heads,
+        exact_dtype=torch.bfloat16,
+        device="cpu",
+        impl="reference",
+    )
+    assert kv_bytes(TINY, "balanced", 3, 300) == pages.num_bytes()
+    assert kv_bytes(TINY, "bf16", 2, 60) == static(torch.bfloat16).num_bytes()
+    assert kv_bytes(TINY, "fp8", 2, 60) == static(torch.float8_e4m3fn).num_bytes()
+
+
+def test_cases_of_few_tokens_come_first() -> None:
+    options = GenerateBenchOptions(batches=(8, 1), contexts=(100, 10, 1000))
+    assert cases(options) == [(1, 10), (8, 10), (1, 100), (8, 100), (1, 1000), (8, 1000)]
+
+
+def test_what_does_not_fit_is_a_row_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "base_row", lambda kind, name, options: {"kind": kind, "format": name})
+    for name, found in {"reset_peak_memory_stats": None, "mem_get_info": (10**6, 10**7)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    model, options = random_model(TINY, torch.device("cpu")), GenerateBenchOptions(formats=("bf16",))
+    (row,) = generate.case_rows(model, TINY, 4, 10_000, options, math.inf)
+    assert row["kv_bytes"] == kv_bytes(TINY, "bf16", 4, 10_068) > 10**6
+    assert row["skipped"] == f"its KV takes {row['kv_bytes'] / 2**30:.1f} GiB, 0.0 GiB are free"
+    assert "step_ms" not in row
 
 
 def test_fused_norms_are_the_models_norms() -> None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from rich.console import Console
@@ -13,16 +14,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from homkv.bench.jct.markdown import markdown
 from homkv.bench.jct.plots import plot
 from homkv.bench.jct.replay import Prompt, cut_prompts
 from homkv.bench.jct.report import print_report
-from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, trace_requests, uniform_requests
-from homkv.bench.jct.steps import median_gap, overlapping
-from homkv.bench.jct.summary import Summary, rate_at_p99, ratio_interval, summarize
+from homkv.bench.jct.run import ABLATIONS, JctBench, JctOptions, step_lengths, trace_requests, uniform_requests
+from homkv.bench.jct.steps import overlapping
+from homkv.bench.jct.summary import Summary, rate_at_p99, rates_at_p99, ratio_interval, summarize
 from homkv.cli import main
 from homkv.cli.bench_jct import parse_range
 from homkv.errors import FormatError, ShapeError, TraceError, TransferError
 from homkv.serve.messages import PrefillTimes
+from homkv.sim.fitted import fit
 from homkv.sim.record import PHASES, RequestRecord, Run, RunInfo
 from homkv.sim.trace import Request, write_trace
 
@@ -89,6 +92,12 @@ def check_report(runs: list, tmp_path: Path) -> None:
         assert file.stat().st_size > 1000
     assert summaries[0].mean("jct_s") == pytest.approx(sum(summaries[0].shares().values()), abs=1e-6)
     assert summaries[0].throughput_rps > 0
+    header, _, *rows = markdown(summaries, runs, fit)
+    assert len(rows) == len(runs)
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    assert rows[1].split(" | ")[1] == "balanced"
+    assert rows[0].split(" | ")[10:12] == ["1.00", ""]  # x 16 bits, x fp8, which did not run
+    assert rows[0].endswith(" %) |")
 
 
 def test_time_that_is_used_up_leaves_runs_out(folder: Path, tmp_path: Path) -> None:
@@ -184,8 +193,10 @@ def test_intervals_are_of_pairs() -> None:
     assert ratio_interval(Summary("c", "b", (run_of("b", 0, [1.0, 2.0]),)), base) is None
 
 
-def test_one_disturbed_step_does_not_count() -> None:
-    assert median_gap([0.0, 0.1, 0.2, 5.0, 5.1, 5.2]) == pytest.approx(0.1)
+def test_steps_are_timed_at_the_ends_and_between_them_where_they_are_far_apart() -> None:
+    assert step_lengths([516, 632, 581]) == (516, 632)
+    assert step_lengths([100, 700, 300]) == (100, 400, 700)
+    assert step_lengths([300]) == (300,)
 
 
 def test_steps_beside_a_prompt_are_told_apart() -> None:
@@ -213,6 +224,30 @@ def test_rates_at_equal_p99() -> None:
     assert rate_at_p99([], 1.0, "x") is None
 
 
+def test_rates_are_compared_at_the_baselines_tail() -> None:
+    """bf16's P99 at load 0.8 is 3 s; the other reaches it halfway between its two rates."""
+
+    def at(name: str, load: str, rate_rps: str, jct_s: float) -> Summary:
+        run = run_of(name, 0, [jct_s])
+        options = {"load": load, "rate_rps": rate_rps}
+        case = f"long, 25 Gb/s, {rate_rps} req/s (load {load})"
+        return Summary(case, name, (Run(msgspec.structs.replace(run.info, options=options), run.requests),))
+
+    found = rates_at_p99(
+        [
+            at("bf16", "0.8", "1", 3.0),
+            at("bf16", "1.6", "2", 9.0),
+            at("fp8", "0.8", "1", 2.0),
+            at("fp8", "1.6", "2", 4.0),
+        ],
+        "0.8",
+    )
+    assert [(place, rate.name, rate.rate_rps) for place, rate in found] == [
+        ("long, 25 Gb/s", "bf16", 1.0),
+        ("long, 25 Gb/s", "fp8", 1.5),
+    ]
+
+
 def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[JctOptions] = []
     monkeypatch.setattr("homkv.cli.bench_jct.show", lambda options, plots, console: seen.append(options))
@@ -237,3 +272,21 @@ def test_records_are_reported(capsys: pytest.CaptureFixture[str], monkeypatch: p
     small = next(line for line in lines[at_10:] if line.strip().startswith("small"))
     assert small.split()[1:4] == ["3.18", "3.33", "4.14"]
     assert small.split()[-2:] == ["0.61", "0.88"]
+
+
+@pytest.mark.parametrize(("gpu", "code"), [("h100", 0), ("abacus", 2)])
+def test_records_become_a_table_for_a_page(
+    gpu: str, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "pd-h100x2.jsonl"
+    monkeypatch.setattr(sys, "argv", ["homkv", "bench", "report", str(record), "--markdown", "--simulate", gpu])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code or 0) == code
+    said = capsys.readouterr()
+    if code:
+        assert "expected a GPU out of" in said.err
+    else:
+        assert any(
+            line.startswith("|  | bf16 | 1888 | 5.21 |") and "(+1.3 %)" in line for line in said.out.splitlines()
+        )

@@ -20,6 +20,7 @@ def test_nixl_carries_the_same_bytes() -> None:
     options = PoolOptions(("cpu",), ("cpu", "cpu"), "tiny", lanes=2, use_nixl=True)
     with Pool(options, time.monotonic() + 300) as pool:
         found = {}
+        pool.join("nixl", time.monotonic() + 300)
         for link in ("nixl", "tcp"):
             cell = Cell("balanced", link, True, "exact", 2, lengths.prompt, lengths.longest)
             outcome = run_cell(pool, cell, poisson(lengths, 5, 50.0, 0), time.monotonic() + 300)
@@ -32,4 +33,4 @@ def test_nixl_carries_the_same_bytes() -> None:
 @pytest.mark.skipif(nixl.is_available(), reason="NIXL is installed")
 def test_without_nixl_the_link_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="pip install nixl"):
-        PdOptions(("cpu",), ("cpu",), Path("unused"), model="tiny", workloads=("tiny",), links=("nixl",))
+        PdOptions(("cpu",), ("cpu",), Path("unused"), model="tiny", workloads=("tiny",), links=("nixl",)).require_here()

@@ -1,19 +1,20 @@
 """Plans of `homkv bench pd`, and the capacity that loads are shares of."""
 
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from homkv.bench.generate import MODELS
-from homkv.bench.pd import nixl
 from homkv.bench.pd.capacity import capacity_rps
+from homkv.bench.pd.estimate import estimates
 from homkv.bench.pd.forms import make_form
 from homkv.bench.pd.messages import Cell
 from homkv.bench.pd.options import PdOptions
 from homkv.bench.pd.plan import read_plan
 from homkv.bench.pd.workload import Lengths
 from homkv.errors import HomkvError, ShapeError, UnsupportedError
-from homkv.sim.record import StepSample
+from homkv.sim.record import StepSample, read_record
 
 PLANS = Path(__file__).parents[2] / "benchmarks" / "plans"
 BASE = PdOptions(("cpu",), ("cpu",), Path("unused"), model="tiny", workloads=("tiny",))
@@ -55,9 +56,23 @@ def test_the_slowest_stage_sets_the_rate(link: str, shared: bool, expected: floa
 
 
 @pytest.mark.parametrize("plan", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
-def test_plans_that_come_along_can_be_read(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each leg names what a run knows; NIXL need not be here for that."""
-    monkeypatch.setattr(nixl, "is_available", lambda: True)
-    legs = read_plan(plan, BASE)
-    assert legs
-    assert all(leg.loads or leg.rate_rps for leg in legs)
+def test_plans_that_come_along_can_be_read_and_estimated(plan: Path) -> None:
+    """Each leg names what a run knows; neither GPUs nor NIXL need be here for that."""
+    devices = ("cuda:0",), (("cuda:0",) if "one-gpu" in plan.stem else ("cuda:1",))
+    rows = list(estimates(read_plan(plan, PdOptions(*devices, Path("unused"))), "h100"))
+    assert len({row.run_id for row in rows}) == len(rows) > 10
+    assert all(1.0 < row.jct_s < row.seconds < 120.0 for row in rows)
+
+
+def test_estimates_are_near_what_was_measured() -> None:
+    """The first plan's cells on two H100s took 7.8 to 22 s each, at the rates that the record has."""
+    record = read_record(PLANS.parent / "results" / "pd-h100x2-plan.jsonl")
+    legs = read_plan(PLANS / "pd-two-gpus.toml", PdOptions(("cuda:0",), ("cuda:1",), Path("unused")))
+    checked = 0
+    for row in estimates(legs, "h100"):
+        run = record.get(row.run_id.rpartition("/")[0])  # turns were not told apart then
+        if run is not None:
+            assert row.rate_rps == pytest.approx(float(run.info.options["rate_rps"]), rel=0.2)
+            assert row.jct_s == pytest.approx(fmean(r.jct_s for r in run.requests), rel=0.2)
+            checked += 1
+    assert checked >= 20

@@ -7,7 +7,16 @@ import msgspec
 import pytest
 
 from homkv.errors import TraceError
-from homkv.sim.record import Line, RequestRecord, RunInfo, StepSample, read_record, write_record
+from homkv.sim.record import (
+    LeftOut,
+    Line,
+    RequestRecord,
+    RunInfo,
+    StepSample,
+    read_left_out,
+    read_record,
+    write_record,
+)
 
 RUN = RunInfo(run_id="r", source="sim", model="m", kv_cache_dtype="fp16", command="c", machine="x", options={"a": "b"})
 STEP = StepSample(run_id="r", stage="decode", batch=2, tokens=100, seconds=0.01)
@@ -38,6 +47,15 @@ def test_round_trip(tmp_path: Path) -> None:
     write_record(path, [REQUEST], append=True)
     run = read_record(path)["r"]
     assert (run.info, run.steps, run.requests) == (RUN, (STEP,), (REQUEST,))
+
+
+def test_what_was_left_out_is_told_apart(tmp_path: Path) -> None:
+    path, left_out = tmp_path / "r.jsonl", LeftOut(run_id="s", reason="no room")
+    write_record(path, [left_out])
+    assert read_record(path) == {}
+    write_record(path, [RUN, STEP], append=True)
+    assert list(read_record(path)) == ["r"]
+    assert read_left_out(path) == [left_out]
 
 
 @pytest.mark.parametrize(

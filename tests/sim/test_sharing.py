@@ -7,7 +7,7 @@ import pytest
 
 from homkv.errors import UnsupportedError
 from homkv.sim.engine import System, simulate
-from homkv.sim.fitted import beside
+from homkv.sim.fitted import beside, seal_per_token_s
 from homkv.sim.record import Run, RunInfo, StepSample
 from homkv.sim.trace import Request
 from homkv.sim.workload import draw
@@ -68,6 +68,23 @@ def test_bytes_and_tokens_are_conserved(round_costs: Any) -> None:
     outcome = simulate(system, requests)
     assert outcome.sent_bytes == outcome.received_bytes == sum(1000 * r.prompt_tokens for r in requests)
     assert outcome.decoded_tokens == sum(r.output_tokens - 1 for r in requests)
+
+
+def test_pages_sealed_between_steps_take_time_for_each_sequence(round_costs: Any) -> None:
+    """Steps of 0.1 s and 0.02 s for each sequence in them: 19 of both, one of the first alone, one of the second."""
+    costs = round_costs(step_base_s=0.1, step_sequence_s=0.0, per_token_s=0.0, prefill_token_s=0.0)
+    requests = [Request("0", 0.0, 1000, 21), Request("1", 0.0, 1000, 21)]
+    for found in phases(System(costs, num_prefill=2, seal_per_token_s=0.02), requests):
+        assert found.decode_s == pytest.approx(19 * 0.14 + 0.12)
+
+
+def test_what_sealing_takes_is_by_the_token() -> None:
+    info = RunInfo(run_id="r", source="replay", model="m", kv_cache_dtype="hack", command="c", machine="x")
+    samples = [
+        StepSample(run_id="r", stage="seal", batch=1, tokens=64, seconds=seconds) for seconds in (0.064, 0.128, 9.0)
+    ]
+    assert seal_per_token_s(Run(info, (), tuple(samples))) == pytest.approx(0.002)
+    assert seal_per_token_s(Run(info, ())) == 0.0
 
 
 def test_a_pipeline_is_refused(round_costs: Any) -> None:

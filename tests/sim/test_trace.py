@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homkv.errors import TraceError
-from homkv.sim.trace import Request, check_order, poisson_arrivals, read_trace, scaled, write_trace
+from homkv.sim.trace import Order, Request, poisson_arrivals, read_trace, scaled, write_trace
 
 GOOD = '{"request_id": "a", "arrival_s": 0.5, "prompt_tokens": 10, "output_tokens": 2}'
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"
@@ -79,16 +79,17 @@ def test_lengths_only_need_a_rate(tmp_path: Path) -> None:
         (GOOD.replace("10,", "null,"), "line 1", "a number as prompt_tokens"),
         (GOOD.replace('"prompt_tokens": 10, ', ""), "line 1", "a column prompt_tokens, found none"),
         (GOOD.replace("{", '{"colour": 1, '), "line 1", "colour"),
-        (GOOD + "\n" + GOOD.replace("0.5", "0.25").replace('"a"', '"b"'), "request 2", "ascending"),
+        (GOOD + "\n" + GOOD.replace("0.5", "0.25").replace('"a"', '"b"'), "line 2", "ascending"),
         (MOONCAKE.replace("[0, 1]", "[0.5]"), "line 1", "block ids"),
         (AZURE + "2023-11-16 18:17:02.0,1,1\n", "line 3", "ascending"),
+        (AZURE + "2023-11-16 18:17:09.0,1,1\n2023-11-16 18:17:08.0,1,1\n", "line 4", "ascending"),
         (AZURE + "2023-11-16 18:17:05.0,1\n", "line 3", "fewer"),
         (AZURE + "2023-11-16 18:17:05.0,1,1,1\n", "line 3", "more"),
         (AZURE + "yesterday,1,1\n", "line 3", "date and time"),
         (AZURE + "2023-11-16 18:17:05.0,-4,1\n", "line 3", "at least 0"),
         (AZURE + "2023-11-16T18:17:05+00:00,4,1\n", "line 3", "time zone"),
         ("a,b\n1,2\n", "line 2", "expected the columns"),
-        (GOOD + "\n" + GOOD, "request 2", "every request_id once"),
+        (GOOD + "\n" + GOOD, "line 2", "every request_id once"),
         ('{"a": ' + "[" * 100_000, "line 1", "a JSON object"),
         (GOOD.replace("10,", "1" * 5000 + ","), "line 1", "a JSON object"),
         ("a,b\n" + "x" * 200_000 + ",1\n", "line 2", "comma-separated"),
@@ -113,7 +114,9 @@ def test_any_bytes_are_requests_or_a_typed_error(tmp_path_factory: pytest.TempPa
     except TraceError as caught:
         message = str(caught)
     else:
-        check_order(requests)
+        order = Order()
+        for request in requests:
+            order.check(request)
         message = f"{path}: {len(requests)} requests"
     assert message.startswith((str(path), "expected"))
 

@@ -65,10 +65,35 @@ def test_turns_of_one_configuration_are_pooled(tmp_path: Path, round_costs: Any)
     (both,) = validate(paths[0])
     assert (both.run_id, both.requests) == ("a", 400)
     assert both.pairs == first.pairs * 2
+    assert both.turns_jct_s == pytest.approx([first.measured_jct_s] * 2)
+    assert both.noise == pytest.approx(0)
     assert both.measured_jct_s == pytest.approx(first.measured_jct_s)
     assert both.measured_phases_s == pytest.approx(first.measured_phases_s)
     (alone,) = validate(paths[2])
     assert (alone.run_id, alone.requests) == ("b", 200)
+
+
+def test_noise_is_the_farthest_turn(tmp_path: Path, round_costs: Any) -> None:
+    """Turns of the same requests that took 1 and 1.5 times as long: 1.25 in the mean, each 20 % away from it."""
+    run = read_record(recorded(tmp_path / "r.jsonl", round_costs()))["r"]
+    for turn, times in (("a/0", 1.0), ("a/1", 1.5)):
+        slow = [msgspec.structs.replace(r, jct_s=times * r.jct_s) for r in run.requests]
+        lines = [msgspec.structs.replace(line, run_id=turn) for line in (run.info, *run.steps, *slow)]
+        write_record(tmp_path / "a.jsonl", lines, append=True)
+    (found,) = validate(tmp_path / "a.jsonl")
+    assert found.noise == pytest.approx(0.2)
+    assert found.mean_error == pytest.approx(1 / 1.25 - 1)
+
+
+def test_turns_beside_other_work_are_left_out(tmp_path: Path, round_costs: Any) -> None:
+    run = read_record(recorded(tmp_path / "r.jsonl", round_costs()))["r"]
+    for turn, load in (("a/0", "5.1 2.0 1.0"), ("a/1", "1.5 2.0 1.0")):
+        lines = [msgspec.structs.replace(line, run_id=turn) for line in (run.info, *run.steps, *run.requests)]
+        lines[0] = msgspec.structs.replace(lines[0], options={"load_average": load})
+        write_record(tmp_path / "a.jsonl", lines, append=True)
+    (both,), (quiet,) = validate(tmp_path / "a.jsonl"), validate(tmp_path / "a.jsonl", max_load=3.0)
+    assert (len(both.turns_jct_s), len(quiet.turns_jct_s)) == (2, 1)
+    assert validate(tmp_path / "a.jsonl", max_load=1.0) == []
 
 
 def test_another_link_is_noticed(tmp_path: Path, round_costs: Any) -> None:

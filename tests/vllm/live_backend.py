@@ -17,10 +17,10 @@ from torch import Tensor
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import HEAD_DIMS, PAGE_TOKENS, RowsSpec
-from homkv.vllm.blocks import EXACT_BLOCKS, BlockPlan
+from homkv.vllm.blocks import BlockPlan
 
 DIM = 64
-PLAN = BlockPlan.of(RowsSpec.parse("balanced"), DIM, 4)
+PLAN, LONG = (BlockPlan.of(RowsSpec.parse(name), DIM, 4) for name in ("balanced", "balanced-long"))
 CPU = torch.device("cpu")
 ROUNDED, EXACT = 0.02, 2e-5  # largest error of an output: 8-bit queries and weights; float32
 # (tokens after the step, new tokens) of each sequence; sequences with one new token come first, as vLLM orders them.
@@ -38,6 +38,7 @@ BATCHES = {
     "one prefill": [(1024, 64)],
     # What pages add: their borders, whole prompts beside chunks, and chunks longer than blocks.
     "page borders": [(n, 1) for n in (1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 257)],
+    "later borders": [(n, 1) for n in (320, 321, 384, 385, 832, 833)],
     "whole prompts": [(77, 1), (1, 1), (65, 65), (300, 300), (900, 900)],
     "long chunks": [(500, 1), (1900, 1000), (2000, 70), (130, 129)],
 }
@@ -47,15 +48,17 @@ HEADS = {"4 over 2": (4, 2), "4 over 4": (4, 4), "9 over 3": (9, 3), "8 over 1":
 class Batch:
     """Sequences in shuffled blocks of one layer's cache."""
 
-    def __init__(self, config: Any, heads: tuple[int, int], lengths: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, config: Any, heads: tuple[int, int], lengths: list[tuple[int, int]], plan: BlockPlan = PLAN
+    ) -> None:
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
         from homkv.vllm.backend import backend_class
 
-        backend, (self.num_heads, self.groups) = backend_class(PLAN.name), heads
+        backend, (self.num_heads, self.groups), self.plan = backend_class(plan.name), heads, plan
         config.compilation_config.static_forward_context.clear()
         spec = FullAttentionSpec(
-            block_size=PLAN.block_size, num_kv_heads=self.groups, head_size=DIM, dtype=torch.float32
+            block_size=plan.block_size, num_kv_heads=self.groups, head_size=DIM, dtype=torch.float32
         )
         self.config, self.spec = config, backend.customize_spec(spec)
         self.builder = backend.get_builder_cls()(self.spec, ["layer"], config, CPU)
@@ -65,15 +68,16 @@ class Batch:
         self._allocate([total for total, _ in lengths])
 
     def _allocate(self, totals: list[int]) -> None:
-        """Block 0 is nobody's; every sequence has blocks of pages and three exact ones; nothing is clean."""
-        counts = [-(-total // PLAN.block_size) for total in totals]
-        num_blocks = 1 + sum(counts) + EXACT_BLOCKS * len(totals)
+        """Block 0 is nobody's; every sequence has blocks of pages and exact ones; nothing is clean."""
+        plan = self.plan
+        counts = [-(-total // plan.block_size) for total in totals]
+        num_blocks = 1 + sum(counts) + plan.exact_blocks * len(totals)
         free = iter((torch.randperm(num_blocks - 1) + 1).tolist())
         self.tables = torch.zeros(len(totals), max(counts), dtype=torch.int32)
         for row, count in enumerate(counts):
             self.tables[row, :count] = torch.tensor([next(free) for _ in range(count)])
-        self.exact = torch.tensor([[next(free) for _ in range(EXACT_BLOCKS)] for _ in totals], dtype=torch.int32)
-        shape = (num_blocks, self.groups, PLAN.block_size, PLAN.block_bytes(DIM) // PLAN.block_size)
+        self.exact = torch.tensor([[next(free) for _ in range(plan.exact_blocks)] for _ in totals], dtype=torch.int32)
+        shape = (num_blocks, self.groups, plan.block_size, plan.block_bytes(DIM) // plan.block_size)
         self.memory = torch.randint(0, 255, shape).to(torch.uint8)
         assert self.spec.page_size_bytes == self.memory[0].numel()
         self.impl.exact.kv_cache = self.memory
@@ -109,7 +113,7 @@ def stands_for(codec: RowsCodec, k: Tensor, v: Tensor, new: int) -> tuple[Tensor
     ``new``: tokens among them that have just joined the window.
     """
     k, v = (x.transpose(0, 1) for x in (k, v))
-    window = max((k.shape[1] - new) // PAGE_TOKENS - 1, 1) * PAGE_TOKENS
+    window = max((k.shape[1] - new - codec.min_window) // PAGE_TOKENS, 1) * PAGE_TOKENS
     if window == PAGE_TOKENS:
         return k.double(), v.double()
     dense = codec.dense(codec.encode(k[:, 64:window], v[:, 64:window]), torch.float64)
@@ -151,10 +155,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
 
 
-def run(config: Any, heads: tuple[int, int], lengths: list[tuple[int, int]]) -> None:
+def run(config: Any, heads: tuple[int, int], lengths: list[tuple[int, int]], plan: BlockPlan = PLAN) -> None:
     """Store every sequence's past, run the step, and compare each sequence's outputs."""
     torch.manual_seed(42)
-    batch = Batch(config, heads, lengths)
+    batch = Batch(config, heads, lengths, plan)
     codec = batch.impl.codec
     k, v = ([torch.randn(total, batch.groups, DIM) for total, _ in lengths] for _ in "kv")
     q = [torch.randn(new, batch.num_heads, DIM) for _, new in lengths]
@@ -171,13 +175,18 @@ def run(config: Any, heads: tuple[int, int], lengths: list[tuple[int, int]]) -> 
     found = batch.step(list(range(len(lengths))), [total for total, _ in lengths], q, new_k, new_v)
     for (total, new), o, *qkv in zip(lengths, found.split([n for _, n in lengths]), q, k, v, strict=True):
         error = (o.double() - by_definition(codec, *qkv)).abs().max()
-        reads_pages = new < total and total - new >= 3 * PAGE_TOKENS
+        reads_pages = new < total and total - new >= 2 * PAGE_TOKENS + plan.spec.min_window
         assert error < (ROUNDED if reads_pages else EXACT), f"{new} of {total} tokens: off by {error:.2e}"
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_batch_is_exact_attention_over_what_its_pages_stand_for(config: Any, name: str) -> None:
     run(config, HEADS["4 over 2"], BATCHES[name])
+
+
+@pytest.mark.parametrize("name", ["page borders", "later borders", "whole prompts", "long chunks", "medium mixed"])
+def test_a_longer_window(config: Any, name: str) -> None:
+    run(config, HEADS["4 over 2"], BATCHES[name], LONG)
 
 
 @pytest.mark.parametrize("heads", list(HEADS)[1:])

@@ -31,7 +31,7 @@ def loaded() -> LoadedModel:
 
 @torch.no_grad()
 def by_transformers(
-    prompts: Sequence[list[int]], answers: Sequence[Sequence[int]], *, apart: bool = False
+    prompts: Sequence[list[int]], answers: Sequence[Sequence[int]], *, kv: str = "balanced", apart: bool = False
 ) -> list[tuple[list[int], list[float]]]:
     """Greedy tokens and the answers' logprobs of homkv inside transformers, fed with the answers; float32.
 
@@ -39,7 +39,7 @@ def by_transformers(
     pages, as decode servers do.
     """
     model = loaded().model
-    attachment = attach(model, "balanced", exact_dtype=torch.float32)
+    attachment = attach(model, kv, exact_dtype=torch.float32)
     attachment.codec.num_sinks = 64
     found = []
     with attachment:

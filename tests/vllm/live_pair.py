@@ -1,17 +1,22 @@
 """Prefill and decode servers of vLLM over NIXL, behind the proxy, started as `homkv serve --engine vllm` does.
 
-Run by .ci/vllm. The tests share one fleet and follow each other: the last ones take its decode server away.
+Run by .ci/vllm. The tests share one fleet and follow each other: the last ones take its decode server away, start it
+again, and beside it a server of another format, by the command itself.
 """
 
-import dataclasses
 import json
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from live_cases import HEAD_DIM, KV_HEADS, LAYERS, SMOLLM2, by_transformers, model_folder, text_tokens
 
@@ -22,8 +27,8 @@ from homkv.vllm.launch import ServeOptions, commands
 from homkv.vllm.proxy import prefill_body
 
 PLAN = BlockPlan.of(RowsSpec.parse("balanced"), HEAD_DIM)
-OTHER = BlockPlan.of(RowsSpec.parse("small"), HEAD_DIM)  # equally large blocks: only the name tells them apart
-LEASE_S = 30  # longer than a busy machine takes from the end of a prefill to the fetch
+OTHER = "balanced-long"  # the same pages behind a longer window: only the name tells the servers apart
+LEASE_S = 20  # longer than a busy machine takes from the end of a prefill to the fetch
 FREED_S = 300
 NEW_TOKENS = 8
 
@@ -40,28 +45,79 @@ OPTIONS = ServeOptions(
     served_name=SMOLLM2,
     plan=PLAN,
     port=free_ports(),
-    max_model_len=4096,
+    max_model_len=1024,
     kv_gib=1,
     lease_s=LEASE_S,
-    extra=("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "4096"),
+    extra=("--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "1024"),
 )
-CORES = len(os.sched_getaffinity(0))
-PREFILL, DECODE, ROUTER = commands(OPTIONS, CORES)
-_, misfit, _ = commands(dataclasses.replace(OPTIONS, plan=OTHER, port=OPTIONS.port + 10), CORES)
-MISFIT = dataclasses.replace(misfit, name="misfit")
+PREFILL, DECODE, ROUTER = commands(OPTIONS, len(os.sched_getaffinity(0)))
 Record = Callable[[str, object], None]
 client = httpx.Client(timeout=1800)
+
+
+def calm(*pids: int) -> None:
+    """NIXL's progress threads poll without rest (docs/vllm.md). From now on they take little from who else has work."""
+    processes = [p for pid in pids for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+
+    def seconds() -> dict[int, float]:
+        threads = ((p.pid, thread) for p in processes for thread in p.threads())
+        return {thread.id: thread.user_time + thread.system_time for pid, thread in threads if thread.id != pid}
+
+    before = seconds()
+    time.sleep(1)
+    for thread, after in seconds().items():
+        if after - before.get(thread, after) > 0.1:
+            os.setpriority(os.PRIO_PROCESS, thread, 19)
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     with Fleet([PREFILL, DECODE, ROUTER], lambda name, text: print(f"{name}: {text}")) as running:
+        calm(running.pid(PREFILL.name), running.pid(DECODE.name))
         yield running
 
 
 @pytest.fixture(scope="module")
 def ids() -> list[int]:
     return text_tokens()
+
+
+class ByCommand:
+    """One server of the other format that can fetch from the pair's prefill server."""
+
+    def __init__(self, folder: Path) -> None:
+        port, self.log, self.server_log = OPTIONS.port + 10, folder / "output", folder / "server.log"
+        self.url = f"http://127.0.0.1:{port}"
+        fetches = {"kv_connector": "NixlConnector", "kv_role": "kv_consumer", "kv_load_failure_policy": "fail"}
+        fetches |= {"kv_buffer_device": "cpu", "kv_connector_extra_config": {"num_threads": 0}}
+        argv = [sys.executable, "-m", "homkv.cli", "serve", "--engine", "vllm", "--model", SMOLLM2, "--decode", "0"]
+        argv += ["--kv-cache-dtype", OTHER, "--device", "cpu", "--port", str(port), "--max-model-len", "1024"]
+        argv += ["--kv-gib", "1", "--logs", str(folder), "--", *OPTIONS.extra]
+        argv += ["--kv-transfer-config", json.dumps(fetches)]
+        side = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port + 1001)}
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cores)})  # a thread on each core would wait for the pair's at every product
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(argv, env=os.environ | side, stdout=output, stderr=subprocess.STDOUT)
+        os.sched_setaffinity(0, cores)
+
+    def await_ready(self) -> None:
+        while self.url not in self.log.read_text():  # it prints its endpoints when they answer
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.5)
+
+    def stop(self) -> int:
+        """As Ctrl-C does; its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ByCommand]:
+    running = ByCommand(tmp_path_factory.mktemp("other"))
+    yield running
+    if running.process.poll() is None:
+        running.stop()
 
 
 def body(prompt: list[int], count: int = NEW_TOKENS, **more: object) -> dict[str, object]:
@@ -81,11 +137,13 @@ def answer(url: str, prompt: list[int]) -> tuple[list[int], list[float]]:
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
-def compare(prompt: list[int], found: tuple[list[int], list[float]], record: Record) -> None:
-    """An answer of the pair is the transformers path's, but for bfloat16."""
+def compare(
+    prompt: list[int], found: tuple[list[int], list[float]], record: Record, kv: str = "balanced", apart: bool = True
+) -> None:
+    """An answer is the transformers path's, but for bfloat16; ``apart``: of the pair."""
     tokens, logprobs = found
     assert len(tokens) == NEW_TOKENS
-    ((greedy, expected),) = by_transformers([prompt], [tokens], apart=True)
+    ((greedy, expected),) = by_transformers([prompt], [tokens], kv=kv, apart=apart)
     others = sum(a != b for a, b in zip(tokens, greedy, strict=True))
     gap = sum(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) / len(tokens)
     record("measured", f"{len(prompt)} tokens: {others} of {len(tokens)} chosen otherwise, logprobs {gap:.4f} apart")
@@ -134,13 +192,6 @@ def test_prefill_blocks_are_freed_when_they_were_fetched(fleet: Fleet) -> None:
     await_freed(DECODE.url)
 
 
-def test_prefill_blocks_that_nobody_fetches_are_freed_with_their_lease(fleet: Fleet, ids: list[int]) -> None:
-    params = {"do_remote_decode": True, "do_remote_prefill": False}
-    assert ask(PREFILL.url, ids[5:205], count=1, kv_transfer_params=params).status_code == 200
-    assert metric(PREFILL.url, "vllm:kv_cache_usage_perc") > 0
-    await_freed(PREFILL.url)
-
-
 def stream_until(prompt: list[int], kill: Fleet) -> list[dict[str, object] | str]:
     """Stream a long answer and take the decode server away behind its third event."""
     events: list[dict[str, object] | str] = []
@@ -161,20 +212,45 @@ def test_a_decode_server_dies_and_the_client_is_told(fleet: Fleet, ids: list[int
     assert isinstance(events[-1], dict)
     assert "error" in events[-1]
     assert ask(ROUTER.url, ids[:100]).status_code == 502
-    await_freed(PREFILL.url)
+    assert metric(PREFILL.url, "vllm:kv_cache_usage_perc") > 0  # for a while: the next test but one
 
 
-def test_a_restarted_decode_server_answers_in_full(fleet: Fleet, ids: list[int], record_property: Record) -> None:
-    fleet.add(DECODE, MISFIT)  # both start at once
+def test_a_restarted_decode_server_answers_in_full(
+    fleet: Fleet, other: ByCommand, ids: list[int], record_property: Record
+) -> None:
+    fleet.add(DECODE)  # while the other one starts
+    calm(fleet.pid(DECODE.name))
     prompt = ids[20:220]
     compare(prompt, answer(ROUTER.url, prompt), record_property)
 
 
-def test_another_format_is_refused_at_the_handshake(fleet: Fleet, ids: list[int]) -> None:
+def test_prefill_blocks_that_nobody_fetched_were_freed_with_their_lease(fleet: Fleet) -> None:
+    await_freed(PREFILL.url)
+
+
+def test_the_command_serves_a_longer_window(other: ByCommand, ids: list[int], record_property: Record) -> None:
+    other.await_ready()
+    calm(other.process.pid)
+    prompt = ids[30:530]
+    compare(prompt, answer(other.url, prompt), record_property, kv=OTHER, apart=False)
+
+
+def test_another_format_is_refused_at_the_handshake(fleet: Fleet, other: ByCommand, ids: list[int]) -> None:
     """Both steps by hand, since the router sends nothing to this server."""
-    filled = client.post(f"{PREFILL.url}/v1/completions", json=prefill_body(body(ids[:300])))
+    filled = client.post(f"{PREFILL.url}/v1/completions", json=prefill_body(body(ids[:200])))
     params = filled.json()["kv_transfer_params"]
-    found = ask(MISFIT.url, ids[:300], kv_transfer_params=params)
+    found = ask(other.url, ids[:200], kv_transfer_params=params)
     assert found.status_code >= 500, found.text
-    assert "compatibility hash mismatch" in (fleet.logs / f"{MISFIT.name}.log").read_text(errors="replace")
+    assert "compatibility hash mismatch" in other.server_log.read_text(errors="replace")
+
+
+def test_the_command_stops_everything_that_it_started(other: ByCommand) -> None:
+    children = psutil.Process(other.process.pid).children(recursive=True)
+    assert children
+    assert other.stop() == 0
+    assert "all servers stopped" in other.log.read_text()
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_prefill_blocks_for_the_refused_one_are_freed(fleet: Fleet) -> None:
     await_freed(PREFILL.url)

@@ -3,13 +3,13 @@
 import pytest
 
 from homkv.errors import FormatError, UnsupportedError
-from homkv.spec import HEAD_DIMS, PAGE_TOKENS, PRESETS, RowsSpec
+from homkv.spec import ALL_PRESETS, HEAD_DIMS, PAGE_TOKENS, RowsSpec
 from homkv.vllm.blocks import TAG_BYTES, BlockPlan, preset_names
 
 LONG = 32_768  # tokens
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("raw_bytes", [2, 4])
 def test_both_kinds_of_blocks_fit_and_one_page_less_would_not(preset: str, head_dim: int, raw_bytes: int) -> None:
@@ -21,7 +21,7 @@ def test_both_kinds_of_blocks_fit_and_one_page_less_would_not(preset: str, head_
     assert plan.block_bytes(head_dim) - page_bytes < exact <= plan.block_bytes(head_dim)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_equal_blocks_waste_less_than_three_percent_at_32k(preset: str, head_dim: int) -> None:
     plan = BlockPlan.of(RowsSpec.parse(preset), head_dim)
@@ -29,11 +29,18 @@ def test_equal_blocks_waste_less_than_three_percent_at_32k(preset: str, head_dim
     assert worst < 0.03
 
 
-def test_balanced_takes_less_than_a_sixth_of_16_bit_at_32k() -> None:
-    plan = BlockPlan.of(RowsSpec.parse("balanced"), 128)
+@pytest.mark.parametrize(("preset", "exact_blocks"), [("balanced", 3), ("balanced-long", 5)])
+def test_balanced_takes_less_than_a_sixth_of_16_bit_at_32k(preset: str, exact_blocks: int) -> None:
+    plan = BlockPlan.of(RowsSpec.parse(preset), 128)
     assert plan.block_size == 448
-    assert plan.num_blocks(LONG) == 74 + 3
+    assert plan.num_blocks(LONG) == 74 + exact_blocks
     assert plan.kv_bytes(LONG, 128) * 6 < LONG * 2 * 128 * 2
+
+
+@pytest.mark.parametrize("window", [64, 128, 192, 256])
+def test_exact_blocks_hold_first_tokens_window_and_a_page_that_fills(window: int) -> None:
+    plan = BlockPlan.of(RowsSpec.parse(f"k4420v2222w{window}"), 128)
+    assert plan.exact_blocks * PAGE_TOKENS == PAGE_TOKENS + window + PAGE_TOKENS
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(1, 2), (64, 2), (65, 3), (128, 3), (129, 4), (448, 4), (449, 5)])
@@ -48,9 +55,16 @@ def test_unused_bytes_are_counted_one_by_one() -> None:
     assert plan.unused_bytes(1000, 64) == 6 * page + 3 * (7 * page - exact)
 
 
-def test_a_name_says_everything_and_is_read_back() -> None:
-    plan = BlockPlan.of(RowsSpec.parse("balanced"), 128)
-    assert plan.name == "HOMKV_K4420V2222_P1_L1_B448"
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("balanced", "HOMKV_K4420V2222_P1_L1_B448"),
+        ("small-long", "HOMKV_K4220V2222W192_P1_L1_B512"),
+    ],
+)
+def test_a_name_says_everything_and_is_read_back(preset: str, name: str) -> None:
+    plan = BlockPlan.of(RowsSpec.parse(preset), 128)
+    assert plan.name == name
     assert BlockPlan.parse(plan.name) == plan
     assert plan.name in set(preset_names())
 
@@ -64,6 +78,8 @@ def test_a_name_says_everything_and_is_read_back() -> None:
             "HOMKV_K4420V2222_P1_L1_B448 ",
             "HOMKV_K4420V2222_P2_L1_B448",
             "HOMKV_K4420V2222_P1_L2_B448",
+            "HOMKV_K4420V2222W64_P1_L1_B448",
+            "HOMKV_K4420V2222W100_P1_L1_B448",
         ),
         *("HOMKV_K4420V2222_P1_L1_B100", "HOMKV_K4420V2222_P1_L1_B0", "HOMKV_K4430V2222_P1_L1_B448"),
     ],
@@ -83,7 +99,7 @@ def test_a_plan_for_another_model_is_refused_with_the_right_name(
         plan.check(head_dim, raw_bytes, block_size)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("raw_bytes", [2, 4])
 def test_a_plan_names_every_head_dim_that_it_is_for(preset: str, head_dim: int, raw_bytes: int) -> None:

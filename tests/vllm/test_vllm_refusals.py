@@ -7,8 +7,6 @@ import pytest
 
 from homkv.cli.serve_vllm import _inspect, _plan
 from homkv.errors import FormatError, UnsupportedError
-from homkv.spec import RowsSpec
-from homkv.vllm.blocks import BlockPlan
 
 LLAMA = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
 
@@ -18,8 +16,6 @@ LLAMA = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 4, "n
     [
         ("per-layer:model=0,version=1,layers=k4420v2222*2", "per-layer plan"),
         ("plans/my-model.json", "per-layer plan"),
-        ("k4420v2222w128", "k4420v2222w128"),
-        ("balanced-long", "k4420v2222w192"),
         ("hack", "found hack"),
         ("hack:prefill=int8", "found hack:prefill=int8"),
         ("fp8", "found fp8"),
@@ -47,9 +43,15 @@ def test_a_head_dim_that_no_page_has() -> None:
         _plan("balanced", 72, "bfloat16")
 
 
-def test_a_longer_window_gets_no_backend_name() -> None:
-    with pytest.raises(UnsupportedError, match="usual window of 64 tokens"):
-        BlockPlan.of(RowsSpec.parse("k4420v2222w256"), 64)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("balanced-long", "HOMKV_K4420V2222W192_P1_L1_B448"),
+        ("k4420v2222w128", "HOMKV_K4420V2222W128_P1_L1_B448"),
+    ],
+)
+def test_longer_windows_are_served(name: str, backend: str) -> None:
+    assert _plan(name, 128, "bfloat16").name == backend
 
 
 @pytest.mark.parametrize(

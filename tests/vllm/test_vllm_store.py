@@ -10,20 +10,21 @@ from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS, RowsSpec
 from homkv.vllm.blocks import BlockPlan
-from homkv.vllm.store import LayerStore, Places, page_ids
+from homkv.vllm.store import LayerStore, Places, page_ids, place_of
 
 HEADS, DIM, ROWS = 2, 64, 4
-SPEC = RowsSpec.parse("balanced")
-PLAN = BlockPlan.of(SPEC, DIM, 4)
+PLAN, LONG = (BlockPlan.of(RowsSpec.parse(name), DIM, 4) for name in ("balanced", "balanced-long"))
+SPEC = PLAN.spec
+both = pytest.mark.parametrize("plan", [PLAN, LONG], ids=lambda plan: plan.spec.name)
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 500]
 
 
-def fresh(num_blocks: int = 12) -> LayerStore:
+def fresh(plan: BlockPlan = PLAN) -> LayerStore:
     """Blocks that hold what others left behind, exact blocks and pages in the same memory as in vLLM."""
     torch.manual_seed(3)
-    memory = torch.randint(0, 255, (num_blocks, HEADS, PLAN.block_size, PLAN.block_bytes(DIM) // PLAN.block_size))
+    memory = torch.randint(0, 255, (14, HEADS, plan.block_size, plan.block_bytes(DIM) // plan.block_size))
     memory = memory.to(torch.uint8)
-    return LayerStore(RowsCodec(DIM, SPEC), PLAN, memory, memory, torch.float32)
+    return LayerStore(RowsCodec(DIM, plan.spec), plan, memory, memory, torch.float32)
 
 
 def tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -33,26 +34,27 @@ def tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 class OneSequence:
-    """A sequence in blocks of its own: pages in block ``first``, exact tokens in the three behind it."""
+    """A sequence in blocks of its own: pages in block ``first``, exact tokens in those behind it."""
 
     def __init__(self, store: LayerStore, first: int = 1) -> None:
-        self.store = store
-        self.tables = page_ids(torch.tensor([[first]], dtype=torch.int32), PLAN.pages_per_block)
-        self.exact = torch.tensor([[first + 1, first + 2, first + 3]], dtype=torch.int32)
+        self.store, plan = store, store.plan
+        self.tables = page_ids(torch.tensor([[first]], dtype=torch.int32), plan.pages_per_block)
+        self.exact = first + torch.arange(1, 1 + plan.exact_blocks, dtype=torch.int32).unsqueeze(0)
         self.length = 0
 
     def add(self, k: Tensor, v: Tensor) -> None:
-        before = self.store.halves(self.exact, torch.tensor([self.length])) if self.length else None
+        before = self.store.ring(self.exact, torch.tensor([self.length])) if self.length else None
         self.store.store_many(self.tables[0], self.exact[0], self.length, k, v, before)
         self.length += len(k)
 
     def add_one(self, k: Tensor, v: Tensor) -> None:
         self.length += 1
-        self.store.store_one(self.tables, self.exact, Places.of(torch.tensor([self.length])), k, v)
+        places = Places.of(torch.tensor([self.length]), self.store.plan.ring_blocks)
+        self.store.store_one(self.tables, self.exact, places, k, v)
 
     def attend(self, q: Tensor, new: int = 0) -> Tensor:
-        halves = self.store.halves(self.exact, torch.tensor([self.length]))
-        view = self.store.view(self.tables, self.exact, halves, new)
+        ring = self.store.ring(self.exact, torch.tensor([self.length]))
+        view = self.store.view(self.tables, self.exact, ring, new)
         assert int(view.num_pages) * PAGE_TOKENS + int(view.exact_len) == self.length
         return api.attend(q, view, self.store.codec, DIM**-0.5)[0]
 
@@ -74,39 +76,42 @@ def by_the_book(k: Tensor, v: Tensor, q: Tensor, window_start: int) -> Tensor:
     return (weights @ v.double()).reshape(1, ROWS, 1, DIM)
 
 
-def window_start(length: int) -> int:
-    return max(length // PAGE_TOKENS - 1, 1) * PAGE_TOKENS
+def window_start(length: int, plan: BlockPlan = PLAN) -> int:
+    return max(length // PAGE_TOKENS - plan.spec.min_window // PAGE_TOKENS, 1) * PAGE_TOKENS
 
 
+@both
 @pytest.mark.parametrize("length", LENGTHS)
-def test_attention_reads_first_tokens_and_window_exactly(length: int) -> None:
-    sequence = OneSequence(fresh())
+def test_attention_reads_first_tokens_and_window_exactly(length: int, plan: BlockPlan) -> None:
+    sequence = OneSequence(fresh(plan))
     k, v = tokens(length)
     sequence.add(k, v)
     q = torch.randn(1, ROWS, 1, DIM)
-    expected = by_the_book(k, v, q, window_start(length))
+    expected = by_the_book(k, v, q, window_start(length, plan))
     torch.testing.assert_close(sequence.attend(q).double(), expected, rtol=0, atol=0.02)
-    if length < 192:  # no pages yet: nothing is rounded
+    if length < 128 + plan.spec.min_window:  # no pages yet: nothing is rounded
         torch.testing.assert_close(sequence.attend(q).double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("cuts", [[200], [1] * 200, [64, 64, 72], [63, 1, 2, 134], [130, 1, 1, 68], [100, 28, 72]])
-def test_pages_do_not_depend_on_how_tokens_came(cuts: list[int]) -> None:
-    whole, pieces = OneSequence(fresh()), OneSequence(fresh())
-    k, v = tokens(200)
+@both
+@pytest.mark.parametrize("cuts", [[400], [1] * 400, [64, 64, 272], [63, 1, 2, 334], [130, 1, 1, 268], [300, 28, 72]])
+def test_pages_do_not_depend_on_how_tokens_came(cuts: list[int], plan: BlockPlan) -> None:
+    whole, pieces = OneSequence(fresh(plan)), OneSequence(fresh(plan))
+    k, v = tokens(400)
     whole.add(k, v)
     for part_k, part_v in zip(k.split(cuts), v.split(cuts), strict=True):
         (pieces.add_one if len(part_k) == 1 else pieces.add)(part_k, part_v)
-    for index in (1, 2):
+    for index in range(1, 6):
         assert torch.equal(whole.page(index), pieces.page(index))
     q = torch.randn(1, ROWS, 1, DIM)
     assert torch.equal(whole.attend(q), pieces.attend(q))
 
 
-@pytest.mark.parametrize("length", [65, 128, 129, 192, 200])
-def test_storing_the_last_token_again_changes_no_byte(length: int) -> None:
+@both
+@pytest.mark.parametrize("length", [65, 128, 129, 192, 200, 320, 330])
+def test_storing_the_last_token_again_changes_no_byte(length: int, plan: BlockPlan) -> None:
     """The decode side of a transfer recomputes the last prompt token."""
-    sequence = OneSequence(fresh())
+    sequence = OneSequence(fresh(plan))
     k, v = tokens(length)
     sequence.add(k, v)
     before = sequence.store.pool.clone()
@@ -124,18 +129,19 @@ def test_pages_are_those_of_homkv_with_64_sinks() -> None:
         assert torch.equal(sequence.page(index), pages[:, index - 1])
 
 
-def test_every_step_reads_what_homkvs_own_cache_reads() -> None:
-    """Token by token across two borders of pages: the same tokens as pages, and from the same step on."""
-    codec = RowsCodec(DIM, SPEC)
+@both
+def test_every_step_reads_what_homkvs_own_cache_reads(plan: BlockPlan) -> None:
+    """Token by token across borders of pages: the same tokens as pages, and from the same step on."""
+    codec = RowsCodec(DIM, plan.spec)
     codec.num_sinks = PAGE_TOKENS  # as here
     cache = PagedCache(codec, num_layers=1, num_kv_heads=HEADS, num_blocks=8, exact_dtype=torch.float32)
-    seq_id, sequence = cache.new_sequence(330), OneSequence(fresh())
-    k, v = tokens(330)
-    q = torch.randn(330, ROWS, 1, DIM)
+    seq_id, sequence = cache.new_sequence(440), OneSequence(fresh(plan))
+    k, v = tokens(440)
+    q = torch.randn(440, ROWS, 1, DIM)
     prompt = [x[:190].transpose(0, 1).unsqueeze(0) for x in (k, v)]
     cache.attend(0, [seq_id], torch.zeros(1, ROWS, 190, DIM), *prompt, DIM**-0.5)
     sequence.add(k[:190], v[:190])
-    for at in range(190, 330):
+    for at in range(190, 440):
         one_k, one_v = (x[at][None, :, None] for x in (k, v))
         expected = cache.attend(0, [seq_id], q[at : at + 1], one_k, one_v, DIM**-0.5)
         sequence.add_one(k[at : at + 1], v[at : at + 1])
@@ -164,21 +170,35 @@ def test_a_new_ring_behind_cached_pages_is_not_taken_for_a_window() -> None:
     assert (hit.attend(q).double() - wrong).abs().max() > 0.05
 
 
-def test_a_window_grows_again_behind_cached_pages() -> None:
-    store = fresh()
-    source, stranger = OneSequence(store, 1), OneSequence(store, 5)
-    k, v = tokens(300)
+@both
+def test_a_window_grows_again_behind_cached_pages(plan: BlockPlan) -> None:
+    store, window = fresh(plan), plan.spec.min_window
+    source, stranger = OneSequence(store, 1), OneSequence(store, 7)
+    k, v = tokens(300 + window)
     source.add(k[:192], v[:192])
     stranger.add(*tokens(192, seed=1))
-    hit = behind_a_hit(store, source, [2, 7, 8])
-    for at in range(192, 300):
+    hit = behind_a_hit(store, source, [2, *stranger.exact[0, 1:].tolist()])
+    for at in range(192, 192 + window + 44):
         hit.add_one(k[at : at + 1], v[at : at + 1])
-        if hit.length not in (193, 255, 256, 257, 300):
-            continue
-        view = store.view(hit.tables, hit.exact, store.halves(hit.exact, torch.tensor([hit.length])))
+        view = store.view(hit.tables, hit.exact, store.ring(hit.exact, torch.tensor([hit.length])))
         assert (int(view.num_pages) + 1) * PAGE_TOKENS == 192  # first without a window, then with a full one
+    q, last = torch.randn(1, ROWS, 1, DIM), hit.length
+    torch.testing.assert_close(hit.attend(q).double(), by_the_book(k[:last], v[:last], q, 192), rtol=0, atol=0.02)
+
+
+def test_a_gap_in_the_ring_ends_the_window() -> None:
+    """Of three full blocks the middle one is a stranger's: only what is newer counts."""
+    store = fresh(LONG)
+    source, stranger = OneSequence(store, 1), OneSequence(store, 7)
+    k, v = tokens(400)
+    source.add(k, v)
+    stranger.add(*tokens(400, seed=1))
     q = torch.randn(1, ROWS, 1, DIM)
-    torch.testing.assert_close(hit.attend(q).double(), by_the_book(k, v, q, 192), rtol=0, atol=0.02)
+    torch.testing.assert_close(source.attend(q).double(), by_the_book(k, v, q, 192), rtol=0, atol=0.02)
+    source.exact[0, 1 + place_of(4, LONG.ring_blocks)] = stranger.exact[0, 1 + place_of(4, LONG.ring_blocks)]
+    torch.testing.assert_close(source.attend(q).double(), by_the_book(k, v, q, 320), rtol=0, atol=0.02)
+    view = store.view(source.tables, source.exact, store.ring(source.exact, torch.tensor([400])))
+    assert int(view.num_pages) == 4
 
 
 def test_sequences_of_unequal_length_step_together() -> None:
@@ -189,8 +209,8 @@ def test_sequences_of_unequal_length_step_together() -> None:
         sequence.add(k, v)
     k, v = tokens(2, seed=2)
     tables, exact = (torch.cat([getattr(s, name) for s in sequences]) for name in ("tables", "exact"))
-    store.store_one(tables, exact, Places.of(torch.tensor(lengths) + 1), k, v)
-    view = store.view(tables, exact, store.halves(exact, torch.tensor(lengths) + 1))
+    store.store_one(tables, exact, Places.of(torch.tensor(lengths) + 1, PLAN.ring_blocks), k, v)
+    view = store.view(tables, exact, store.ring(exact, torch.tensor(lengths) + 1))
     q = torch.randn(2, ROWS, 1, DIM)
     o, _ = api.attend(q, view, store.codec, DIM**-0.5)
     for i, (old_k, old_v) in enumerate(histories):

@@ -3,7 +3,6 @@
 import os
 import platform
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,15 +22,18 @@ from homkv.bench.jct.replay import (
     replay,
 )
 from homkv.bench.jct.steps import StepPlan, time_steps
+from homkv.bench.rows import command_line
+from homkv.cores import num_cores
 from homkv.errors import HomkvError, ShapeError
 from homkv.models import load_tokenizer
 from homkv.serve.engine import serving_codec
 from homkv.serve.spawn import InstanceOptions, LocalCluster
-from homkv.sim.record import Run, RunInfo, StepSample, read_record, write_record
+from homkv.sim.record import LeftOut, Run, RunInfo, StepSample, read_record, write_record
 from homkv.sim.trace import Request, poisson_arrivals, read_trace, scaled
 from homkv.texts import essays
 
 FORMATS = ("fp16", "fp8", "cachegen", "kvquant", "kivi", "hack", "hack-2026", "small", "balanced")
+FAR = 2.0  # times longer: a prompt's time is a line between closer lengths
 ABLATIONS = ("hack:se=0", "hack:rqe=0", "hack:pi=32", "hack:pi=128")
 
 
@@ -106,7 +108,6 @@ class JctBench:
         self.end_s = time.monotonic() + options.budget_s
         self.skipped: list[str] = []
         self._ids: list[int] = []
-        self._steps: dict[str, list[StepSample]] = {}
         self._num_layers = 1
 
     def run(self) -> list[Run]:
@@ -148,7 +149,7 @@ class JctBench:
             decode={"share_prefixes": False},
         )
         with LocalCluster(settings) as cluster:
-            clients = Clients(cluster, len(options.requests))
+            clients = Clients(cluster, max(len(options.requests), 2))  # steps are timed of two at once
             try:
                 for name in options.formats:
                     progress.update(task, description=f"{name}, {link:g} Gb/s: warming up")
@@ -162,20 +163,18 @@ class JctBench:
                 clients.close()
 
     def _warm_up(self, clients: Clients, name: str) -> None:
-        """One short request; the first time for a format also its steps."""
+        """One short request."""
         if time.monotonic() >= self.end_s:
             return
-        request = Request(
-            "0", 0.0, sorted(r.prompt_tokens for r in self.options.requests)[len(self.options.requests) // 2], 4
-        )
-        timeout_s = self.options.request_timeout_s
+        sizes = sorted(r.prompt_tokens for r in self.options.requests)
+        query = cut_prompts(self._ids, [Request("0", 0.0, sizes[len(sizes) // 2], 4)])[0].query(name)
         with clients.one() as client:
-            query = cut_prompts(self._ids, [request])[0].query(name)
-            client.generate(query, on_layer=self._count_layers, timeout_s=timeout_s)
-        if self.options.steps and name not in self._steps:
-            sizes = [r.prompt_tokens for r in self.options.requests]
-            plan = StepPlan(tuple(sorted({min(sizes), (min(sizes) + max(sizes)) // 2, max(sizes)})))
-            self._steps[name] = time_steps(clients, self._ids, name, plan, timeout_s)
+            client.generate(query, on_layer=self._count_layers, timeout_s=self.options.request_timeout_s)
+
+    def _time_steps(self, clients: Clients, name: str) -> list[StepSample]:
+        """A format's steps, before each of its turns: a machine's speed drifts."""
+        plan = StepPlan(step_lengths([r.prompt_tokens for r in self.options.requests]))
+        return time_steps(clients, self._ids, name, plan, self.options.request_timeout_s)
 
     def _count_layers(self, count: int) -> None:
         self._num_layers = max(self._num_layers, count)
@@ -188,13 +187,14 @@ class JctBench:
         options, how = self.options, "" if overlap else "no-overlap/"
         run_id = f"{link:g}gbps/{how}{name}/{repetition}"
         if time.monotonic() >= self.end_s:
-            self.skipped.append(f"{run_id}: the time was used up")
+            self._skip(run_id, "the time was used up")
             return
         try:
+            steps = self._time_steps(clients, name) if options.steps else []
             with MemoryWatch(cluster.processes["decode-0"].pid) as memory:
                 finished = replay(clients, options.requests, prompts, name, timeout_s=options.request_timeout_s)
         except HomkvError as error:
-            self.skipped.append(f"{run_id}: {type(error).__name__}: {error}")
+            self._skip(run_id, f"{type(error).__name__}: {error}")
             return
         info = msgspec.structs.replace(
             self._described(name, link, overlap),
@@ -202,8 +202,14 @@ class JctBench:
             peak_kv_bytes=peak_kv_bytes(finished),
             peak_memory_bytes=memory.peak_bytes or None,
         )
-        steps = [msgspec.structs.replace(step, run_id=run_id) for step in self._steps.get(name, [])]
+        steps = [msgspec.structs.replace(step, run_id=run_id) for step in steps]
         write_record(options.record, [info, *steps, *(f.record(run_id) for f in finished)], append=True)
+
+    def _skip(self, run_id: str, reason: str) -> None:
+        """Name a run that was not measured, in the record too."""
+        self.skipped.append(f"{run_id}: {reason}")
+        line = LeftOut(run_id=run_id, reason=reason, unix_time=int(time.time()))
+        write_record(self.options.record, [line], append=True)
 
     def _described(self, name: str, link: float, overlap: bool) -> RunInfo:
         """What is said of every run of a format on a link, as of now."""
@@ -213,7 +219,7 @@ class JctBench:
             source="replay",
             model=options.model,
             kv_cache_dtype=name,
-            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command_line(),
             machine=machine(),
             seed=options.seed,
             link_gbps=link,
@@ -232,10 +238,10 @@ class JctBench:
         )
 
 
-def num_cores() -> int:
-    """Cores that this process and its children may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+def step_lengths(prompts: Sequence[int]) -> tuple[int, ...]:
+    """Where to time steps: the ends of a range, and its middle where the ends are far apart."""
+    low, high = min(prompts), max(prompts)
+    return tuple(sorted({low, high} | ({(low + high) // 2} if high > FAR * low else set())))
 
 
 def machine() -> str:

@@ -1,21 +1,21 @@
 """Steps of a replay's system, timed outside of it, at rest and beside the other stage: for simulations."""
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
 
 from homkv.bench.jct.replay import Clients, cut_prompts, replay
 from homkv.serve.messages import PrefillTimes
 from homkv.sim.record import RequestRecord, Stage, StepSample
 from homkv.sim.trace import Request
 
-SLOWER = 2.0  # a prompt takes at most so many times longer beside a sequence that decodes
+SLOWER = 1.6  # a prompt takes at most so many times longer beside a sequence that decodes
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Lengths at which steps are timed: each alone, the middle one also by ``batch`` sequences that decode together."""
+    """Lengths at which steps are timed, one request alone; ``batch``: sequences that decode together at the longest."""
 
     prompts: tuple[int, ...]
     batch: int = 2
@@ -43,10 +43,9 @@ def time_steps(
         sample("unpack", 1, tokens, record.unpack_s)
         sample("handoff", 1, tokens, record.queue_s + record.wait_s)
         sample("decode", 1, tokens, median_gap(single.answer.arrived_s))
-        if tokens == plan.prompts[len(plan.prompts) // 2]:
-            step_s = together(clients, ids, kv_cache_dtype, plan, record, timeout_s)
-            if step_s is not None:
-                sample("decode", plan.batch, tokens, step_s)
+    step_s = together(clients, ids, kv_cache_dtype, plan, record, timeout_s)
+    if step_s is not None:
+        sample("decode", plan.batch, plan.prompts[-1], step_s)
     return out + beside(clients, ids, kv_cache_dtype, plan, out, timeout_s)
 
 
@@ -76,7 +75,7 @@ def overlapping(
     inside = [(i, b - a) for i, (a, b) in enumerate(itertools.pairwise(moments)) if start_s <= a and b <= end_s]
     if len(inside) < min_steps or moments[-1] < end_s:
         return []
-    held, step_s = behind + round(statistics.fmean(i for i, _ in inside)), statistics.fmean(s for _, s in inside)
+    held, step_s = behind + round(fmean(i for i, _ in inside)), fmean(s for _, s in inside)
     return [
         StepSample(run_id="", stage="decode", batch=1, tokens=held, seconds=step_s, beside=True),
         StepSample(run_id="", stage="prefill", batch=1, tokens=prompt_tokens, seconds=end_s - start_s, beside=True),
@@ -100,4 +99,4 @@ def together(
 
 def median_gap(moments: Sequence[float]) -> float:
     """Median time between neighbours: one disturbed step does not move it."""
-    return statistics.median(b - a for a, b in itertools.pairwise(moments))
+    return median(b - a for a, b in itertools.pairwise(moments))

@@ -134,3 +134,27 @@ def rate_at_p99(points: Sequence[tuple[float, float]], target_s: float, name: st
             share = (target_s - below) / (above - below) if above > below else 0.0
             return RateAtP99(name, target_s, low + share * (high - low), False)
     return RateAtP99(name, target_s, points[-1][0], True)
+
+
+def rates_at_p99(summaries: Sequence[Summary], load: str) -> list[tuple[str, RateAtP99]]:
+    """What every format serves while its P99 is at most 16 bits' at ``load``, by workload and link.
+
+    Of records of `homkv bench pd`, whose options have loads and rates; nothing where only one load was measured.
+    """
+    out, with_rates = [], [s for s in summaries if "rate_rps" in s.options]
+    for place in dict.fromkeys(place_of(s) for s in with_rates):
+        here = [s for s in with_rates if place_of(s) == place]
+        if len({s.options["load"] for s in here}) < 2:
+            continue
+        target = next((s for s in here if s.name == BASELINES[0] and s.options["load"] == load), None)
+        for name in dict.fromkeys(s.name for s in here):
+            points = [(float(s.options["rate_rps"]), s.percentile("jct_s", 99)) for s in here if s.name == name]
+            rate = None if target is None else rate_at_p99(points, target.percentile("jct_s", 99), name)
+            if rate is not None:
+                out.append((place, rate))
+    return out
+
+
+def place_of(s: Summary) -> str:
+    """Workload and link."""
+    return s.case.rsplit(", ", 1)[0]

@@ -25,6 +25,8 @@ from homkv.bench.pd.messages import (
     Finished,
     Granted,
     Hello,
+    Join,
+    Joined,
     Open,
     Opened,
     Reserve,
@@ -37,6 +39,7 @@ from homkv.bench.pd.worker import Worker, lane_of, num_lanes
 from homkv.errors import CapacityError, TransferError
 
 TIMED_STEPS = 6
+TIMED_PAGES = 3
 SPARE_BYTES = 6 << 30  # of a GPU, besides KV: steps' own memory, and what the other side of a shared GPU may need
 
 
@@ -82,6 +85,7 @@ class DecodeWorker(Worker):
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
         self._lock = threading.Lock()
+        self._sockets: dict[tuple[int, int], socket.socket] = {}  # by prefill worker and lane
         self._incoming: list[Incoming] = []
         self._from_devices: list[direct.DirectIncoming | nixl.NixlIncoming] = []
         self._kept: dict[object, Prepared] = {}
@@ -112,6 +116,8 @@ class DecodeWorker(Worker):
         match event:
             case Connect():
                 self._connect()
+            case Join():
+                self._join(event.kind)
             case Open():
                 self._open(event.cell)
             case Reserve():
@@ -123,23 +129,26 @@ class DecodeWorker(Worker):
 
     def _connect(self) -> None:
         start = self.start
-        sockets = accept(self._listener, start.token, start.num_prefill * num_lanes(start))
-        tcp = [s for (_, lane), s in sockets.items() if lane < start.lanes]
+        self._sockets = accept(self._listener, start.token, start.num_prefill * num_lanes(start))
+        tcp = [s for (_, lane), s in self._sockets.items() if lane < start.lanes]
         self._incoming = [
             Incoming(tcp, start.chunk_bytes, self.device, self._place, self._count, self._finish, self.fail)
         ]
-        take = (self.device, self._take_whole, self._finish, self.fail)
-        if start.store_port is not None:
-            groups = direct.join(start, self.device)
-            for rank in range(start.num_prefill):
-                lane, group = sockets[rank, lane_of(start, "direct")], groups[rank, start.rank]
-                self._from_devices.append(direct.DirectIncoming(lane, group, rank, *take))
-        if start.use_nixl:
-            for rank in range(start.num_prefill):
-                lane = sockets[rank, lane_of(start, "nixl")]
-                self._from_devices.append(nixl.NixlIncoming(lane, f"to-{start.rank}-{rank}", *take))
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.say(Connected(name, self.model.num_parameters()))
+
+    def _join(self, kind: str) -> None:
+        """Open a link from every prefill worker's device."""
+        start, take = self.start, (self.device, self._take_whole, self._finish, self.fail)
+        groups = direct.join(start, self.device) if kind == "direct" else {}
+        for rank in range(start.num_prefill):
+            lane = self._sockets[rank, lane_of(start, kind)]
+            self._from_devices.append(
+                direct.DirectIncoming(lane, groups[rank, start.rank], rank, *take)
+                if kind == "direct"
+                else nixl.NixlIncoming(lane, f"to-{start.rank}-{rank}", *take)
+            )
+        self.say(Joined(kind))
 
     def _open(self, cell: Cell) -> None:
         """Make room and capture steps, unless an earlier cell's serve: formats may take turns at no cost."""
@@ -199,7 +208,7 @@ class DecodeWorker(Worker):
                 out.append(Step("decode", count, tokens, median(timed(batch, taken) for _ in range(TIMED_STEPS))))
                 for slot in taken:
                     batch.leave(slot)
-        return out
+        return out + time_seal(batch, cell.prompts[0])
 
     # -- arriving, in the links' threads -----------------------------------------------------------------------
 
@@ -329,6 +338,20 @@ class DecodeWorker(Worker):
         costs.append((self._digest_s, self._digest_bytes))
         seconds, size = sum(s for s, _ in costs), sum(n for _, n in costs)
         self.say(Closed(self.batch.slots.peak_bytes, self.peak_bytes(), seconds, size, self._log))
+
+
+def time_seal(batch: Batch, prompt_tokens: int) -> list[Step]:
+    """A page that is sealed between steps: what one step in a page's worth takes more than the others."""
+    slots, page = batch.slots, batch.slots.sealed_tokens
+    count = TIMED_PAGES * page
+    if not page or not slots.fits(1, prompt_tokens + count):
+        return []
+    slot = slots.take(prompt_tokens + count)
+    batch.join(slot, prompt_tokens, 0)
+    seconds = [timed(batch, [slot]) for _ in range(count)]
+    batch.leave(slot)
+    slowest = median(max(seconds[at : at + page]) for at in range(0, count, page))
+    return [Step("seal", 1, page, slowest - median(seconds))]
 
 
 def timed(batch: Batch, slots: list[int]) -> float:

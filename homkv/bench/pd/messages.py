@@ -34,7 +34,7 @@ class Cell(msgspec.Struct, frozen=True):
 class Step(msgspec.Struct, frozen=True):
     """A step timed while nothing else ran; fields as in homkv.sim.record.StepSample."""
 
-    stage: Literal["prefill", "pack", "unpack", "decode"]
+    stage: Literal["prefill", "pack", "decode", "seal"]
     batch: int
     tokens: int
     seconds: float
@@ -57,7 +57,7 @@ class Start(_Message, frozen=True):
     lanes: int
     chunk_bytes: int
     max_unsent_bytes: int
-    store_port: int | None  # of the store that torch.distributed meets at; None: not used
+    store_port: int | None  # of the store that torch.distributed meets at; None: no direct link
     threads: int
     use_nixl: bool
 
@@ -66,6 +66,12 @@ class Connect(_Message, frozen=True):
     """To prefill workers: where the decode workers listen. To decode workers: everyone is there."""
 
     ports: list[int]
+
+
+class Join(_Message, frozen=True):
+    """Open a link between devices: one of DEVICE_LINKS."""
+
+    kind: str
 
 
 class Open(_Message, frozen=True):
@@ -101,10 +107,16 @@ class Hello(_Message, frozen=True):
 
 
 class Connected(_Message, frozen=True):
-    """All links of this worker work."""
+    """All sockets of this worker are open."""
 
     device: str
     num_params: int
+
+
+class Joined(_Message, frozen=True):
+    """The link between devices works."""
+
+    kind: str
 
 
 class Opened(_Message, frozen=True):
@@ -156,5 +168,5 @@ class Failed(_Message, frozen=True):
     error: str
 
 
-ToWorker: Any = Start | Connect | Open | Reserve | Compute | Close
-FromWorker: Any = Hello | Connected | Opened | Granted | Prefilled | Finished | Closed | Failed
+ToWorker: Any = Start | Connect | Join | Open | Reserve | Compute | Close
+FromWorker: Any = Hello | Connected | Joined | Opened | Granted | Prefilled | Finished | Closed | Failed

@@ -36,6 +36,7 @@ class PdOptions:
     overlaps: tuple[bool, ...] = (True,)
     prefill: PrefillName = "exact"
     requests: int = 16
+    turns: int = 1  # of all formats of a point
     slots: int = 8
     kv_budget_gib: float = 0.0  # 0: what the slots need
     rate_rps: float | None = None  # instead of loads of a measured capacity
@@ -63,7 +64,10 @@ class PdOptions:
             make_form(MODELS[self.model], name)
         for link in self.links:
             check_link(link)
-        for device in (*self.prefill_devices, *self.decode_devices):
+
+    def require_here(self) -> None:
+        """Raise UnsupportedError for devices or links that this machine has not."""
+        for device in self.devices:
             check_device(device)
         if "direct" in self.links:
             self._check_direct()
@@ -71,7 +75,7 @@ class PdOptions:
             raise UnsupportedError("expected NIXL for the link nixl, found none; install it with: pip install nixl")
 
     def _check_numbers(self) -> None:
-        for name in ("requests", "slots", "lanes", "chunk_mib", "budget_s", "cell_timeout_s", "threads"):
+        for name in ("requests", "turns", "slots", "lanes", "chunk_mib", "budget_s", "cell_timeout_s", "threads"):
             if not getattr(self, name) > 0:
                 raise ShapeError(f"expected a positive {name}, found {getattr(self, name)}")
         if any(not load > 0 for load in self.loads) or (self.rate_rps is not None and not self.rate_rps > 0):
@@ -80,7 +84,7 @@ class PdOptions:
             raise ShapeError(f"expected a KV budget of at least 0, found {self.kv_budget_gib}")
 
     def _check_direct(self) -> None:
-        devices = [torch.device(d) for d in (*self.prefill_devices, *self.decode_devices)]
+        devices = [torch.device(d) for d in self.devices]
         if not has_backend(devices[0]):
             raise UnsupportedError("expected a torch with NCCL (GPUs) or gloo (CPUs) for the direct link, found none")
         if devices[0].type == "cuda" and len(set(devices)) < len(devices):
@@ -90,9 +94,19 @@ class PdOptions:
             )
 
     @property
-    def workers(self) -> int:
-        """Processes."""
-        return len(self.prefill_devices) + len(self.decode_devices)
+    def devices(self) -> tuple[str, ...]:
+        """One per worker: prefill's first."""
+        return (*self.prefill_devices, *self.decode_devices)
+
+    @property
+    def shares_a_device(self) -> bool:
+        """Whether two workers run on one."""
+        return len(set(self.devices)) < len(self.devices)
+
+    @property
+    def shares_a_gpu(self) -> bool:
+        """The same of a GPU, where workers take turns; on a CPU each has cores of its own."""
+        return self.shares_a_device and self.devices[0] != "cpu"
 
 
 def check_link(link: str) -> None:

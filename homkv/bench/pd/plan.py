@@ -24,6 +24,7 @@ class Leg(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     overlaps: tuple[bool, ...] | Unset = UNSET
     prefill: PrefillName | Unset = UNSET
     requests: int | Unset = UNSET
+    turns: int | Unset = UNSET
     slots: int | Unset = UNSET
     kv_budget_gib: float | Unset = UNSET
     rate_rps: float | Unset = UNSET

@@ -16,7 +16,7 @@ from typing import Any, Self
 import msgspec
 import torch.distributed as dist
 
-from homkv.bench.pd.messages import Connect, Connected, Failed, FromWorker, Hello, Role, Start
+from homkv.bench.pd.messages import Connect, Connected, Failed, FromWorker, Hello, Join, Joined, Role, Start
 from homkv.errors import TransferError
 
 LOG_LINES = 15
@@ -58,6 +58,7 @@ class Pool:
         self.num_params = 0
         self._folder = tempfile.TemporaryDirectory(prefix="homkv-pd-")
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._joined: set[str] = set()
         world = self.num_prefill + self.num_decode
         self._store = make_store(world) if options.use_direct else None
         try:
@@ -103,6 +104,15 @@ class Pool:
         connected = self.gather(Connected, range(len(self._processes)), deadline_s)
         self.devices = {rank: said.device for rank, said in connected.items()}
         self.num_params = connected[0].num_params
+
+    def join(self, kind: str, deadline_s: float) -> None:
+        """Open a link between devices when first needed, so that it cannot fail cells of others. Raises CellError."""
+        if kind in self._joined:
+            return
+        everyone = range(len(self._processes))
+        self.send(everyone, Join(kind))
+        self.gather(Joined, everyone, deadline_s)
+        self._joined.add(kind)
 
     def _spawn(self, rank: int) -> None:
         # Multicast over NVLink reaches past the machine's own devices; point to point needs none of it.

@@ -1,5 +1,6 @@
 """The prefill worker: computes prompts one after another, packs every layer, sends it while the next computes."""
 
+import socket
 import threading
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from homkv.bench.pd.messages import (
     Connect,
     Connected,
     Hello,
+    Join,
+    Joined,
     Open,
     Opened,
     Prefilled,
@@ -108,6 +111,7 @@ class PrefillWorker(Worker):
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         self._orders: deque[Compute] = deque()
+        self._sockets: list[list[socket.socket]] = []  # of every decode worker
         self._tcp: list[Outgoing] = []
         self._links: dict[str, list[Link]] = {}  # by kind, to every decode worker
         self._cell: Cell | None = None
@@ -128,6 +132,8 @@ class PrefillWorker(Worker):
         match event:
             case Connect():
                 self._connect(event.ports)
+            case Join():
+                self._join(event.kind)
             case Open():
                 self._open(event.cell)
             case Compute():
@@ -140,22 +146,27 @@ class PrefillWorker(Worker):
     def _connect(self, ports: list[int]) -> None:
         start = self.start
         sockets = [[connect(port, start.token, start.rank, i) for i in range(num_lanes(start))] for port in ports]
+        self._sockets = sockets
         self._tcp = [Outgoing(s[: start.lanes], start.chunk_bytes, self.device, self.fail) for s in sockets]
         self._links["tcp"] = list(self._tcp)
-        if start.store_port is not None:
-            groups = direct.join(start, self.device)
-            lanes = [s[lane_of(start, "direct")] for s in sockets]
-            self._links["direct"] = [
-                direct.DirectOutgoing(lane, groups[start.rank, rank], rank, self.device, self.fail)
-                for rank, lane in enumerate(lanes, start.num_prefill)
-            ]
-        if start.use_nixl:
-            self._links["nixl"] = [
-                nixl.NixlOutgoing(s[lane_of(start, "nixl")], f"from-{start.rank}-{i}", self.device, self.fail)
-                for i, s in enumerate(sockets)
-            ]
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.say(Connected(name, self.model.num_parameters()))
+
+    def _join(self, kind: str) -> None:
+        """Open a link to every decode worker's device."""
+        start, lane = self.start, lane_of(self.start, kind)
+        if kind == "direct":
+            groups = direct.join(start, self.device)
+            self._links[kind] = [
+                direct.DirectOutgoing(s[lane], groups[start.rank, rank], rank, self.device, self.fail)
+                for rank, s in enumerate(self._sockets, start.num_prefill)
+            ]
+        else:
+            self._links[kind] = [
+                nixl.NixlOutgoing(s[lane], f"from-{start.rank}-{i}", self.device, self.fail)
+                for i, s in enumerate(self._sockets)
+            ]
+        self.say(Joined(kind))
 
     def _open(self, cell: Cell) -> None:
         """Make the cell's settings ours. A new format or length is warmed up and timed first."""

@@ -4,11 +4,8 @@ Formats take turns at every point, so that a run that is cut short has compared 
 """
 
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 import msgspec
@@ -17,62 +14,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from homkv.bench.generate import MODELS
-from homkv.bench.jct.summary import RateAtP99, Summary, rate_at_p99
 from homkv.bench.pd.capacity import capacity_rps, seconds_on_link
 from homkv.bench.pd.cell import Outcome, run_cell
 from homkv.bench.pd.forms import Form, make_form
-from homkv.bench.pd.messages import Cell
+from homkv.bench.pd.messages import DEVICE_LINKS
 from homkv.bench.pd.options import BASE, PdOptions
+from homkv.bench.pd.points import Point, base_point, budget_bytes, points_at
 from homkv.bench.pd.pool import CellError, Pool, PoolOptions
 from homkv.bench.pd.probe import probe, probe_beside
-from homkv.bench.pd.workload import poisson
-from homkv.sim.record import Line, Run, RunInfo, StepSample, read_record, write_record
-from homkv.sim.trace import Request
+from homkv.bench.rows import command_line
+from homkv.sim.record import LeftOut, Line, Run, RunInfo, StepSample, read_record, write_record
 
-GIB = 2**30
-LINK_NAMES = {"direct": "device to device", "nixl": "NIXL", "tcp": "TCP, unshaped"}
 START_TIMEOUT_S = 180.0  # until workers have their model and their connections
-
-
-@dataclass(frozen=True)
-class Point:
-    """One cell with its requests. ``load``: the rate's share of the baseline's capacity; 0: the rate was given."""
-
-    workload: str
-    cell: Cell
-    load: float
-    requests: list[Request]
-    rate_rps: float
-
-    @property
-    def case(self) -> str:
-        """What is the same for all formats that are compared."""
-        link = LINK_NAMES.get(self.cell.link, f"{self.cell.link} Gb/s")
-        at = f"{self.rate_rps:.2f} req/s" + (f" (load {self.load:g})" if self.load else "")
-        budget = f", {self.cell.kv_budget_bytes / GIB:.3g} GiB of KV" if self.cell.kv_budget_bytes else ""
-        return f"{self.workload}{budget}, {link}, {at}"
-
-    @property
-    def run_id(self) -> str:
-        """Unique in a record."""
-        how = "overlap" if self.cell.overlap else "after"
-        room = f"/{self.cell.kv_budget_bytes / GIB:.3g}GiB" if self.cell.kv_budget_bytes else ""
-        return f"{self.workload}/{self.cell.link}/{self.cell.format}/{how}/{self.load}{room}"
-
-    @property
-    def key(self) -> object:
-        """What workers prepare for, and time at rest."""
-        return (self.workload, self.cell.format, self.cell.prefill, self.cell.slots, self.cell.kv_budget_bytes)
 
 
 class PdBench:
     """Runs points one after another on workers that live as long as all goes well.
 
     ``legs``: more measurements on the same workers instead of the one that ``options`` says; see homkv.bench.pd.plan.
+    Raises UnsupportedError for devices or links that are not here.
     """
 
     def __init__(self, options: PdOptions, console: Console, legs: Sequence[PdOptions] = ()) -> None:
         self.options, self.legs, self.console = options, legs or (options,), console
+        for leg in self.legs:
+            leg.require_here()
         self.start_s = time.monotonic()
         self.end_s = self.start_s + options.budget_s
         self.shape = MODELS[options.model]
@@ -80,6 +46,7 @@ class PdBench:
         self._steps: dict[object, list[StepSample]] = {}  # by Point.key
         self._beside: dict[object, list[StepSample]] = {}  # by workload and format
         self._done: set[str] = set()
+        self._broken: dict[str, str] = {}  # links between devices that did not open, and why
         self.skipped: list[str] = []
 
     def run(self) -> list[Run]:
@@ -109,35 +76,21 @@ class PdBench:
         for workload in leg.workloads:
             for link in leg.links:
                 for load, rate_rps in self._rates(leg, workload, link):
-                    requests = poisson(leg.lengths[workload], leg.requests, rate_rps, leg.seed)
-                    for overlap in leg.overlaps:
-                        for name in leg.formats:
-                            point = Point(
-                                workload, self._cell(leg, workload, name, link, overlap), load, requests, rate_rps
-                            )
-                            if point.run_id not in self._done:
-                                yield point
+                    for point in points_at(leg, workload, link, load, rate_rps):
+                        if point.run_id not in self._done:
+                            yield point
 
     def _rates(self, leg: PdOptions, workload: str, link: str) -> list[tuple[float, float]]:
         """Loads and requests per second."""
         if leg.rate_rps is not None:
             return [(0.0, leg.rate_rps)]
-        lengths, cell = leg.lengths[workload], self._cell(leg, workload, BASE, link, True)
-        base = Point(workload, cell, 0.0, [], 0.0)
+        lengths, base = leg.lengths[workload], base_point(leg, workload, link)
         if not self._try(base, lambda pool, deadline_s: self._probe(pool, base, deadline_s)):
             return []
         workers = (len(leg.prefill_devices), len(leg.decode_devices))
-        is_shared = len(set(self._devices)) < len(self._devices) and self._devices[0] != "cpu"
-        capacity = capacity_rps(self._steps[base.key], lengths, cell, self._form(BASE), workers, is_shared)
+        steps, form = self._steps[base.key], self._form(BASE)
+        capacity = capacity_rps(steps, lengths, base.cell, form, workers, leg.shares_a_gpu)
         return [(load, load * capacity) for load in leg.loads]
-
-    def _cell(self, leg: PdOptions, workload: str, name: str, link: str, overlap: bool) -> Cell:
-        lengths, budget = leg.lengths[workload], int(leg.kv_budget_gib * GIB)
-        slots = leg.slots
-        if budget:  # no more slots than sequences could fit: dense slots take their memory whether used or not
-            smallest = self._form(name).kv_bytes(lengths.shortest)
-            slots = max(1, min(slots, budget // smallest))
-        return Cell(name, link, overlap, leg.prefill, slots, lengths.prompt, lengths.longest, budget)
 
     def _form(self, name: str) -> Form:
         return make_form(self.shape, name)
@@ -160,9 +113,12 @@ class PdBench:
         if self._try(point, run):
             self._done.add(point.run_id)
 
-    def _skip(self, text: str) -> None:
-        self.skipped.append(text)
-        self._log(f"left out: {text}")
+    def _skip(self, point: Point, reason: str) -> None:
+        """Name a point that was not measured, in the record too."""
+        self.skipped.append(f"{point.run_id}: {reason}")
+        self._log(f"left out: {point.run_id}: {reason}")
+        line = LeftOut(run_id=point.run_id, reason=reason, unix_time=int(time.time()))
+        write_record(self.options.record, [line], append=True)
 
     def _log(self, text: str) -> None:
         """One line per event, for those who watch a log."""
@@ -170,18 +126,29 @@ class PdBench:
 
     def _try(self, point: Point, work: Callable[[Pool, float], None]) -> bool:
         """Do something with the workers in the time of a cell; a failure is noted and costs the workers."""
-        now_s = time.monotonic()
-        if now_s >= self.end_s:
-            self._skip(f"{point.run_id}: the time was used up")
+        now_s, kind = time.monotonic(), point.cell.kind
+        if now_s >= self.end_s or kind in self._broken:
+            self._skip(point, self._broken.get(kind, "the time was used up"))
             return False
         try:
             pool = self._pool or self._open(min(now_s + START_TIMEOUT_S, self.end_s))
-            work(pool, min(time.monotonic() + self.options.cell_timeout_s, self.end_s))
+            deadline_s = min(time.monotonic() + self.options.cell_timeout_s, self.end_s)
+            if kind in DEVICE_LINKS:
+                self._join(pool, kind, deadline_s)
+            work(pool, deadline_s)
         except CellError as error:
             self._close()
-            self._skip(f"{point.run_id}: {error}")
+            self._skip(point, str(error))
             return False
         return True
+
+    def _join(self, pool: Pool, kind: str, deadline_s: float) -> None:
+        """Open a link between devices; one that does not open is not tried again. Raises CellError."""
+        try:
+            pool.join(kind, deadline_s)
+        except CellError as error:
+            self._broken[kind] = f"the link {kind} did not open: {error}"
+            raise
 
     def _open(self, deadline_s: float) -> Pool:
         o = self.options
@@ -204,17 +171,13 @@ class PdBench:
         if point.key in self._steps:
             return
         steps = probe(pool, point.cell, deadline_s)
-        if len(set(self._devices)) < len(self._devices):
+        if self.options.shares_a_device:
             place = (point.workload, point.cell.format)
             if not point.cell.kv_budget_bytes:  # a budget may not hold two sequences
                 link_s = seconds_on_link(point.cell, self._form(point.cell.format), point.cell.prompts[0])
                 self._beside[place] = probe_beside(pool, point.cell, steps, link_s, deadline_s)
             steps += self._beside.get(place, [])
         self._steps[point.key] = steps
-
-    @property
-    def _devices(self) -> tuple[str, ...]:
-        return (*self.options.prefill_devices, *self.options.decode_devices)
 
     def _write(self, point: Point, outcome: Outcome, pool: Pool) -> None:
         form = self._form(point.cell.format)
@@ -243,18 +206,17 @@ def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> 
         "rate_rps": f"{point.rate_rps:.4f}",
         "link": cell.link,
         "prefill": cell.prefill,
-        "devices": ", ".join((*options.prefill_devices, *options.decode_devices)),
+        "devices": ", ".join(options.devices),
         "digest": f"{where}: {digest_s:.3f} s for {digest_bytes / 1e9:.2f} GB, beside the computation",
         "kv_allocated_bytes": str(max(outcome.opened[rank].kv_bytes for rank in pool.decode_ranks)),
         "torch": str(torch.__version__),
     }
-    budget = cell.kv_budget_bytes or cell.slots * make_form(MODELS[options.model], cell.format).kv_bytes(cell.longest)
     return RunInfo(
         run_id=point.run_id,
         source="replay",
         model=f"{options.model} ({pool.num_params / 1e9:.2f} B random weights)",
         kv_cache_dtype=cell.format,
-        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command_line(),
         machine=f"{platform.machine()}, {', '.join(sorted(set(pool.devices.values())))}",
         seed=options.seed,
         num_prefill=pool.num_prefill,
@@ -263,29 +225,10 @@ def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> 
         overlap=cell.overlap,
         num_layers=MODELS[options.model].num_layers,
         max_batch=cell.slots,
-        kv_capacity_bytes=budget,
+        kv_capacity_bytes=budget_bytes(cell, options.model),
         reserves_early=True,
         peak_kv_bytes=max(c.peak_kv_bytes for c in decode),
         peak_memory_bytes=max(c.peak_device_bytes for c in everyone),
         unix_time=int(time.time()),
         options=extra,
     )
-
-
-def rates_at_p99(summaries: list[Summary], load: str) -> list[tuple[str, RateAtP99]]:
-    """What every format serves while its P99 is at most the baseline's at ``load``, by workload and link."""
-    out = []
-    for place in dict.fromkeys(place_of(s) for s in summaries):
-        here = [s for s in summaries if place_of(s) == place]
-        target = next((s for s in here if s.name == BASE and s.options["load"] == load), None)
-        for name in dict.fromkeys(s.name for s in here):
-            points = [(float(s.options["rate_rps"]), s.percentile("jct_s", 99)) for s in here if s.name == name]
-            rate = None if target is None else rate_at_p99(points, target.percentile("jct_s", 99), name)
-            if rate is not None:
-                out.append((place, rate))
-    return out
-
-
-def place_of(s: Summary) -> str:
-    """Workload and link."""
-    return s.case.rsplit(", ", 1)[0]

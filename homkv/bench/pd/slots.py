@@ -81,6 +81,11 @@ class Slots(ABC):
         self.held_bytes -= self.form.kv_bytes(self._tokens.pop(slot))
         self._free.append(slot)
 
+    @property
+    def sealed_tokens(self) -> int:
+        """Tokens of a page that :meth:`settle` seals between steps; 0 if steps do so, or nothing is sealed."""
+        return 0
+
     @abstractmethod
     def load(self, slot: int, layer: int, num_tokens: int, payload: Tensor) -> None:
         """Put one layer of a prompt in its place."""
@@ -240,6 +245,11 @@ class PageSlots(Slots):
         """See Slots."""
         pages = count * self.form.codec.num_pages(num_tokens)
         return super().fits(count, num_tokens) and pages <= self._blocks.num_blocks
+
+    @property
+    def sealed_tokens(self) -> int:
+        """See Slots."""
+        return 0 if self.seals_in_step else self.form.codec.page_tokens
 
     def take(self, num_tokens: int) -> int:
         """See Slots."""

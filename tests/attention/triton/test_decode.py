@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
+from chosen import cases
 from decode_cases import HEADS, Results, assert_accurate, error, queries, to_device
 from torch import Tensor
 
@@ -31,36 +33,44 @@ def run(q: Tensor, view: LayerView, codec: RowsCodec, device: torch.device, prog
     return o.cpu(), lse.cpu()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", cases(FORMATS, ("small", "k0000v0000", "k2222v0000", "k0000v2248", "k2480v8042")))
 def test_every_format(name: str, device: torch.device) -> None:
     codec = make_codec(name, 128)
     view, q = make_view(codec, [0, 1, 203], HEADS, exact_dtype=torch.bfloat16), queries(3, 4, 128).bfloat16()
     assert_accurate(run(q, view, codec, device), q, view, codec)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
-@pytest.mark.parametrize("name", ["small", "quality", "int8"])
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    cases(
+        product(("small", "quality", "int8"), (64, 80, 96, 256)),
+        [("quality", 64), ("small", 80), ("int8", 96), ("small", 256)],
+    ),
+)
 def test_every_head_dim(name: str, head_dim: int, device: torch.device) -> None:
     codec = make_codec(name, head_dim)
     view, q = make_view(codec, [330], HEADS), queries(1, 3, head_dim).half()
     assert_accurate(run(q, view, codec, device), q, view, codec)
 
 
-@pytest.mark.parametrize(("group", "tokens"), [(1, 1), (5, 1), (7, 2), (8, 1), (9, 1), (16, 1), (2, 8)])
+@pytest.mark.parametrize(
+    ("group", "tokens"),
+    cases([(1, 1), (5, 1), (7, 2), (8, 1), (9, 1), (16, 1), (2, 8)], [(1, 1), (5, 1), (7, 2), (2, 8)]),
+)
 def test_any_number_of_rows(group: int, tokens: int, device: torch.device) -> None:
     codec = make_codec("small", 64)
     view, q = make_view(codec, [300, 140], HEADS), queries(2, group, 64, tokens)
     assert_accurate(run(q, view, codec, device), q, view, codec)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 131, 132, 133, 1000])
+@pytest.mark.parametrize("length", cases([1, 63, 64, 65, 127, 131, 132, 133, 1000], [1, 64, 131, 132, 133]))
 def test_every_length(length: int, device: torch.device) -> None:
     codec = make_codec("balanced", 64)
     view, q = make_view(codec, [length], HEADS), queries(1, 4, 64).half()
     assert_accurate(run(q, view, codec, device), q, view, codec)
 
 
-@pytest.mark.parametrize("window", [128, 192, 256])
+@pytest.mark.parametrize("window", cases([128, 192, 256], [256]))
 def test_long_windows(window: int, device: torch.device) -> None:
     """As full as a window gets, and just after it gave up a page."""
     codec = make_codec(f"k4420v2222w{window}", 64)
@@ -70,8 +80,13 @@ def test_long_windows(window: int, device: torch.device) -> None:
     assert_accurate(run(q, view, codec, device), q, view, codec)
 
 
-@pytest.mark.parametrize("kind", ["outliers", "constant", "zeros", "tiny"])
-@pytest.mark.parametrize("exact_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("exact_dtype", "kind"),
+    cases(
+        product((torch.float16, torch.bfloat16, torch.float32), ("outliers", "constant", "zeros", "tiny")),
+        [(torch.float16, "tiny"), (torch.bfloat16, "outliers"), (torch.float32, "constant"), (torch.float32, "zeros")],
+    ),
+)
 def test_extreme_values(exact_dtype: torch.dtype, kind: str, device: torch.device) -> None:
     """On a sharp softmax the reference itself may round the wrong weight; only finite, close results are asked for."""
     codec = make_codec("balanced", 64)
@@ -82,7 +97,7 @@ def test_extreme_values(exact_dtype: torch.dtype, kind: str, device: torch.devic
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_query_dtypes_and_strides(dtype: torch.dtype, device: torch.device) -> None:
     codec = make_codec("small", 64)
-    view = make_view(codec, [203, 300], HEADS, exact_dtype=torch.float16)
+    view = make_view(codec, [3, 203], HEADS, exact_dtype=torch.float16)
     q = queries(2, 3, 64, 2).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
     assert not q.is_contiguous()
     assert_accurate(run(q, view, codec, device), q, view, codec)
@@ -93,7 +108,8 @@ def test_query_dtypes_and_strides(dtype: torch.dtype, device: torch.device) -> N
 def test_splits_do_not_change_the_result(device: torch.device) -> None:
     """One program per sequence, a few, and more than there are pages, over sequences of very unequal length."""
     codec = make_codec("balanced", 64)
-    view, q = make_view(codec, [2000, 70, 133, 900], HEADS), queries(4, 4, 64).half()
+    lengths = [2000, 70, 133, 900] if device.type == "cuda" else [460, 70, 133]
+    view, q = make_view(codec, lengths, HEADS), queries(len(lengths), 4, 64).half()
     results = [run(q, view, codec, device, programs=n) for n in (1, 3, 40)]
     for found in results:
         assert_accurate(found, q, view, codec)

@@ -1,7 +1,10 @@
 """Decode attention on `hack-2026` pages in Triton against the float64 oracle; the rest is in test_hack_decode."""
 
+from itertools import product
+
 import pytest
 import torch
+from chosen import cases
 from decode_cases import HEADS, assert_accurate, error, queries, run
 
 from homkv.attention import reference
@@ -9,9 +12,13 @@ from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
 from homkv.testing.inputs import make_view
 
 
-@pytest.mark.parametrize(("group", "stored"), [(3, False), (7, True)])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("group_size", "bits", "group", "stored"),
+    cases(
+        [(*page, *rows) for page in product((32, 64, 128), (2, 4, 8)) for rows in ((3, False), (7, True))],
+        [(32, 2, 7, True), (64, 8, 3, False), (128, 4, 7, True), (32, 4, 3, False)],
+    ),
+)
 def test_every_page(group_size: int, bits: int, group: int, stored: bool, device: torch.device) -> None:
     """Pages of one pair, half a pair, sinks and the open block, with sums and without."""
     codec = Hack2026Codec(64, Hack2026Options(group_size, bits, summation_elimination=stored))
@@ -21,7 +28,11 @@ def test_every_page(group_size: int, bits: int, group: int, stored: bool, device
 
 # Partitions of 16, 16, 80, 32, 48, 96, 32, 64 channels: padded, and cut into chunks of 16 to 64.
 @pytest.mark.parametrize(
-    ("head_dim", "group_size"), [(16, 64), (80, 64), (80, 128), (96, 32), (96, 64), (96, 128), (128, 32), (256, 64)]
+    ("head_dim", "group_size"),
+    cases(
+        [(16, 64), (80, 64), (80, 128), (96, 32), (96, 64), (96, 128), (128, 32), (256, 64)],
+        [(16, 64), (80, 128), (96, 64), (96, 128), (256, 64)],
+    ),
 )
 def test_every_head_dim(head_dim: int, group_size: int, device: torch.device) -> None:
     codec = Hack2026Codec(head_dim, Hack2026Options(group_size))

@@ -1,9 +1,12 @@
 """Encoding of HACK pages in Triton, byte for byte against the codecs."""
 
+from itertools import product
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from chosen import cases
 from decode_cases import HEADS, Codec
 from torch import Tensor
 
@@ -29,8 +32,7 @@ def assert_same_bytes(codec: Codec, k: Tensor, v: Tensor, device: torch.device, 
     assert torch.equal(encode(k.to(device), v.to(device), codec, position).cpu(), expected)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("group_size", "bits"), cases(product((32, 64, 128), (2, 4, 8)), [(32, 2), (64, 8), (128, 4)]))
 def test_every_page(group_size: int, bits: int, device: torch.device) -> None:
     stored = bits != 4
     rounding = "nearest" if group_size == 64 else "stochastic"
@@ -39,7 +41,10 @@ def test_every_page(group_size: int, bits: int, device: torch.device) -> None:
         assert_same_bytes(codec, *tokens(codec, 2), device, position=3 * group_size)
 
 
-@pytest.mark.parametrize(("head_dim", "group_size"), [(16, 64), (80, 128), (96, 32), (96, 128), (128, 64), (256, 64)])
+@pytest.mark.parametrize(
+    ("head_dim", "group_size"),
+    cases([(16, 64), (80, 128), (96, 32), (96, 128), (128, 64), (256, 64)], [(16, 64), (80, 128), (96, 32), (256, 64)]),
+)
 def test_every_head_dim(head_dim: int, group_size: int, device: torch.device) -> None:
     for codec in (
         HackCodec(head_dim, HackOptions(group_size)),

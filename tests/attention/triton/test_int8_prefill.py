@@ -1,7 +1,10 @@
 """Int8 prefill against exact causal attention in float64, and the choice of the exact backend."""
 
+from itertools import product
+
 import pytest
 import torch
+from chosen import cases
 from torch import Tensor
 
 from homkv.attention.triton import prefill, tiles
@@ -45,19 +48,19 @@ def assert_accurate(tokens: tuple[Tensor, Tensor, Tensor], found: Tensor, bound:
     assert error(found, oracle(*tokens, tokens[0].shape[-1] ** -0.5)) <= bound
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("length", cases([1, 2, 63, 64, 65, 128, 129, 300], [1, 64, 65, 129, 300]))
 def test_every_length(length: int, device: torch.device) -> None:
     tokens = prompt(length, 64)
     assert_accurate(tokens, run(tokens, device))
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", cases([64, 80, 96, 128, 256], [80, 128, 256]))
 def test_every_head_dim(dim: int, device: torch.device) -> None:
     tokens = prompt(140, dim)
     assert_accurate(tokens, run(tokens, device))
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 7])
+@pytest.mark.parametrize("group", cases([1, 3, 4, 7], [1, 7]))
 def test_every_group_in_a_batch(group: int, device: torch.device) -> None:
     tokens = prompt(100, 64, group, batch=3)
     assert_accurate(tokens, run(tokens, device))
@@ -70,8 +73,10 @@ def test_dtypes_and_strides(dtype: torch.dtype, device: torch.device) -> None:
     assert_accurate((q, k, v), run((q, k, v), device))
 
 
-@pytest.mark.parametrize("exact_sum", [True, False])
-@pytest.mark.parametrize(("rows", "keys"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize(
+    ("rows", "keys", "exact_sum"),
+    cases(product((64, 128), (64, 128), (True, False)), [(64, 64, True), (64, 128, False), (128, 128, True)]),
+)
 def test_tiles_change_the_rounding_only(rows: int, keys: int, exact_sum: bool, device: torch.device) -> None:
     tokens = prompt(300, 64)
     assert_accurate(tokens, run(tokens, device, rows=rows, keys=keys, exact_sum=exact_sum))

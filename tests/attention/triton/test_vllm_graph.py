@@ -1,6 +1,6 @@
 """Decode steps inside vLLM as a CUDA graph holds them: fixed shapes, lasting addresses, nothing read back.
 
-On a GPU the steps are captured and replayed; elsewhere they run as they are, a few of them in Triton's interpreter.
+On a GPU the steps are captured and replayed; elsewhere a few of them run as they are, in Triton's interpreter.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,32 @@ from homkv.errors import FormatError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import RowsSpec
 from homkv.vllm.blocks import BlockPlan
-from homkv.vllm.lasting import Lasting
+from homkv.vllm.lasting import Kept, Lasting
 from homkv.vllm.store import LayerStore, Places, page_ids
 
 HEADS, DIM, ROWS, MAX_ROWS = 2, 64, 4, 5
-SPEC = RowsSpec.parse("balanced")
-PLAN = BlockPlan.of(SPEC, DIM)
+PLAN, LONG = (BlockPlan.of(RowsSpec.parse(name), DIM) for name in ("balanced", "balanced-long"))
 TOLERANCE = {"cpu": 2e-5, "cuda": 5e-3}  # a GPU cuts four rows into other splits than three
-STARTS = [127, 250, 63]  # tokens before the first step
-BLOCKS = torch.arange(1, 13, dtype=torch.int32).reshape(3, 4)
+STARTS = [126, 318, 63]  # tokens before the first step
+STEPS = {"cpu": 2, "cuda": 70}  # in 70 every sequence fills a page, at different steps
 
 
-def filled(device: torch.device) -> LayerStore:
+def blocks_of(plan: BlockPlan) -> Tensor:
+    """Three sequences' blocks, one of pages each and the exact ones."""
+    columns = 1 + plan.exact_blocks
+    return torch.arange(1, 1 + 3 * columns, dtype=torch.int32).reshape(3, columns)
+
+
+def filled(device: torch.device, plan: BlockPlan = PLAN) -> LayerStore:
     """Three sequences in blocks of their own."""
-    shape = (13, HEADS, PLAN.block_size, PLAN.block_bytes(DIM) // PLAN.block_size)
+    blocks = blocks_of(plan).to(device)
+    shape = (1 + blocks.numel(), HEADS, plan.block_size, plan.block_bytes(DIM) // plan.block_size)
     memory = torch.zeros(shape, dtype=torch.uint8, device=device)
-    store = LayerStore(RowsCodec(DIM, SPEC), PLAN, memory, memory, torch.bfloat16)
+    store = LayerStore(RowsCodec(DIM, plan.spec), plan, memory, memory, torch.bfloat16)
     torch.manual_seed(1)
     for row, count in enumerate(STARTS):
         k, v = (torch.randn(count, HEADS, DIM).bfloat16().to(device) for _ in "kv")
-        blocks = BLOCKS[row].to(device)
-        store.store_many(page_ids(blocks[:1], PLAN.pages_per_block), blocks[1:], 0, k, v, None)
+        store.store_many(page_ids(blocks[row, :1], plan.pages_per_block), blocks[row, 1:], 0, k, v, None)
     return store
 
 
@@ -42,26 +47,25 @@ class Decode:
     """The layer's part of a decode step of four rows, the last of which is padding, on lasting metadata."""
 
     def __init__(self, store: LayerStore, device: torch.device) -> None:
-        self.store, self.device = store, device
+        self.store, self.device, plan = store, device, store.plan
         self.lasting = Lasting(MAX_ROWS, device)
-        self.blocks = torch.zeros(4, 4, dtype=torch.int32, device=device)  # as vLLM's tables are while it captures
-        self.exact = torch.zeros(4, 3, dtype=torch.int32, device=device)
+        self.blocks = torch.zeros(4, 1, dtype=torch.int32, device=device)  # as vLLM's tables are while it captures
+        self.exact = torch.zeros(4, plan.exact_blocks, dtype=torch.int32, device=device)
         self.q = torch.zeros(4, ROWS, 1, DIM, dtype=torch.bfloat16, device=device)
         self.k, self.v = (torch.zeros(4, HEADS, DIM, dtype=torch.bfloat16, device=device) for _ in "kv")
         self.o = torch.zeros(4, ROWS, 1, DIM, device=device)
         self.kept = self.metadata([0, 0, 0])
         self.replay = self.captured()
-        self.blocks[:3] = BLOCKS.to(device)
-        self.exact.copy_(self.blocks[:, 1:])
+        blocks = blocks_of(plan).to(device)
+        self.blocks[:3], self.exact[:3] = blocks[:, :1], blocks[:, 1:]
 
-    def metadata(self, lengths: list[int]) -> tuple[Places, Tensor, Tensor]:
+    def metadata(self, lengths: list[int]) -> Kept:
         there = torch.tensor([*lengths, 0], dtype=torch.int32, device=self.device)
-        return self.lasting.keep(4, there, page_ids(self.blocks[:, :1], PLAN.pages_per_block))
+        return self.lasting.keep(4, there, page_ids(self.blocks, self.store.plan.pages_per_block))
 
     def run(self) -> None:
-        places, lengths, tables = self.kept
-        self.store.store_one(tables, self.exact, places, self.k, self.v, self.lasting.status)
-        view = self.store.view(tables, self.exact, self.store.halves(self.exact, lengths), new=1)
+        kept = self.kept
+        view = self.store.step(kept.pages, self.exact, kept.lengths, self.k, self.v, kept.status)
         self.o.copy_(api.attend(self.q, view, self.store.codec, DIM**-0.5)[0])
 
     def captured(self) -> Callable[[], None]:
@@ -76,56 +80,49 @@ class Decode:
         return graph.replay
 
 
-def compare(decode: Decode, plain: LayerStore, steps: int) -> None:
+def compare(decode: Decode, plain: LayerStore) -> None:
     """Steps through a graph against steps that plan on the host."""
-    device = decode.device
-    tables, exact = page_ids(BLOCKS[:, :1].to(device), PLAN.pages_per_block), BLOCKS[:, 1:].contiguous().to(device)
-    for step in range(1, steps + 1):
+    device, plan = decode.device, plain.plan
+    blocks = blocks_of(plan).to(device)
+    tables, exact = page_ids(blocks[:, :1], plan.pages_per_block), blocks[:, 1:].contiguous()
+    for step in range(1, STEPS[device.type] + 1):
         lengths = [start + step for start in STARTS]
         new = [torch.randn(3, n, DIM).bfloat16().to(device) for n in (ROWS, HEADS, HEADS)]
         decode.q[:3], decode.k[:3], decode.v[:3] = new[0].unsqueeze(2), new[1], new[2]
         decode.lasting.check(wait=False)
         decode.metadata(lengths)
         decode.replay()
-        host = Places.of(torch.tensor(lengths))
+        host = Places.of(torch.tensor(lengths), plan.ring_blocks)
         plain.store_one(tables, exact, Places(*(x.to(device) for x in vars(host).values())), new[1], new[2])
-        view = plain.view(tables, exact, plain.halves(exact, torch.tensor(lengths, device=device)), new=1)
+        view = plain.view(tables, exact, plain.ring(exact, torch.tensor(lengths, device=device)), new=1)
         expected = api.attend(new[0].unsqueeze(2), view, plain.codec, DIM**-0.5)[0]
         torch.testing.assert_close(decode.o[:3], expected, rtol=0, atol=TOLERANCE[device.type])
-    first = PLAN.pages_per_block  # of block 1: block 0 is nobody's
+    first = plan.pages_per_block  # of block 1: block 0 is nobody's
     assert torch.equal(decode.store.pool[first:], plain.pool[first:])
     assert torch.equal(decode.store.tags[1:], plain.tags[1:])
 
 
-def test_steps_of_a_graph_are_steps_planned_on_the_host(device: torch.device) -> None:
-    """70 steps: every sequence fills a page, at different steps."""
-    compare(Decode(filled(device), device), filled(device), 70)
-
-
-def test_the_kernels_take_such_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's, also where the CPU's would be chosen; the step closes a page."""
-    decode, plain = Decode(filled(device), device), filled(device)
-    monkeypatch.setattr(api, "resolve_impl", lambda *_: "triton")
-    compare(decode, plain, 1)
+@pytest.mark.parametrize("plan", [PLAN, LONG], ids=lambda plan: plan.spec.name)
+def test_steps_of_a_graph_are_steps_planned_on_the_host(device: torch.device, plan: BlockPlan) -> None:
+    compare(Decode(filled(device, plan), device), filled(device, plan))
 
 
 def test_metadata_stays_where_it_was(device: torch.device) -> None:
     decode = Decode(filled(device), device)
-    before = [x.data_ptr() for x in (*vars(decode.kept[0]).values(), *decode.kept[1:])]
-    after = decode.metadata([128, 251, 64])
-    assert [x.data_ptr() for x in (*vars(after[0]).values(), *after[1:])] == before
-    assert decode.kept[1].tolist() == [128, 251, 64, 0]
-    assert decode.kept[0].full.tolist() == [True, False, False, False]
+    kept = decode.kept
+
+    def addresses(found: Kept) -> list[int]:
+        return [x.data_ptr() for x in vars(found).values()]
+
+    assert addresses(decode.metadata([128, 251, 64])) == addresses(kept)
+    assert kept.lengths.tolist() == [128, 251, 64, 0]
 
 
-def test_a_page_that_cannot_be_encoded_is_reported_before_anything_reads_it(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_cannot_be_encoded_is_reported_before_anything_reads_it(device: torch.device) -> None:
     decode = Decode(filled(device), device)
-    monkeypatch.setattr(api, "resolve_impl", lambda *_: "triton")
     decode.lasting.check(wait=True)
     decode.k[0, 0, 5] = torch.inf
-    places, _, tables = decode.metadata([128, 251, 64])
-    decode.store.store_one(tables, decode.exact, places, decode.k, decode.v, decode.lasting.status)
+    decode.metadata([128, 251, 64])
+    decode.run()
     with pytest.raises(FormatError, match="not finite"):
         decode.lasting.check(wait=True)

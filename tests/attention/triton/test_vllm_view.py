@@ -30,7 +30,7 @@ def test_decode_and_later_chunks_agree_with_the_cpu(store: LayerStore, device: t
     for b, length in enumerate(lengths.tolist()):
         k, v = (torch.randn(length, HEADS, DIM, device=device).bfloat16() for _ in "kv")
         store.store_many(tables[b], exact[b], 0, k, v, None)
-    view = store.view(tables, exact, store.halves(exact, lengths.to(device)))
+    view = store.view(tables, exact, store.ring(exact, lengths.to(device)))
     q, k, v = (torch.randn(2, heads, 5, DIM, device=device).bfloat16() for heads in (ROWS, HEADS, HEADS))
     one = api.attend(q[:, :, :1], view, store.codec, SCALE, impl="triton")[0]
     chunk = api.extend(q, k, v, view, store.codec, SCALE, impl="triton")

@@ -1,0 +1,109 @@
+"""What a run will take: every cell simulated from a GPU's tables (homkv.sim), before anything is measured."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rich import box
+from rich.table import Table
+
+from homkv.bench.generate import MODELS
+from homkv.bench.pd.capacity import capacity_rps
+from homkv.bench.pd.forms import make_form
+from homkv.bench.pd.options import BASE, PdOptions
+from homkv.bench.pd.points import Point, base_point, budget_bytes, points_at
+from homkv.sim.costs import Costs
+from homkv.sim.engine import System, simulate
+from homkv.sim.formats import make_format
+from homkv.sim.hardware import find_gpu, find_model
+from homkv.sim.record import StepSample
+from homkv.sim.roofline import RooflineCosts
+
+SHARED = (1.6, 2.1)  # prompts, steps: times longer beside the other on one H100 (benchmarks/results/pd-h100x1.jsonl)
+PREPARE_S = 2.0  # slots, graphs, steps of decoding, for each format and workload
+SETTLE_S = 0.5  # between the last token of a cell and the first arrival of the next
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One cell: its rate, its mean job completion time, its seconds on the machine."""
+
+    run_id: str
+    rate_rps: float
+    jct_s: float
+    seconds: float
+
+
+def estimates(legs: Sequence[PdOptions], gpu: str) -> Iterator[Estimate]:
+    """All cells of a run in their order. Raises UnsupportedError for a GPU or model without tables."""
+    done: set[str] = set()
+    prepared: set[object] = set()
+    for leg in legs:
+        for workload in leg.workloads:
+            for link in leg.links:
+                for load, rate_rps in rates_of(leg, workload, link, gpu):
+                    for point in points_at(leg, workload, link, load, rate_rps):
+                        if point.run_id not in done:
+                            yield estimate(leg, point, costs_of(leg, point.cell.format, gpu), point.key in prepared)
+                        done.add(point.run_id)
+                        prepared.add(point.key)
+
+
+def costs_of(leg: PdOptions, name: str, gpu: str) -> Costs:
+    """A format's times and bytes by the tables."""
+    machine, shape = find_gpu(gpu), find_model(leg.model)
+    return RooflineCosts(shape, make_format(name, shape.head_dim), machine, machine)
+
+
+def rates_of(leg: PdOptions, workload: str, link: str, gpu: str) -> list[tuple[float, float]]:
+    """Loads and requests per second, as a run finds them, with the tables' steps instead of timed ones."""
+    if leg.rate_rps is not None:
+        return [(0.0, leg.rate_rps)]
+    cell, lengths, costs = base_point(leg, workload, link).cell, leg.lengths[workload], costs_of(leg, BASE, gpu)
+    steps = []
+    for tokens in lengths.prompt:
+        step_s = costs.step_s(cell.slots) + costs.per_token_s * cell.slots * tokens
+        steps.append(StepSample(run_id="", stage="decode", batch=cell.slots, tokens=tokens, seconds=step_s))
+        prefill_s = costs.prefill_s(tokens, 0)
+        steps.append(StepSample(run_id="", stage="prefill", batch=1, tokens=tokens, seconds=prefill_s))
+    workers = (len(leg.prefill_devices), len(leg.decode_devices))
+    form = make_form(MODELS[leg.model], BASE)
+    capacity = capacity_rps(steps, lengths, cell, form, workers, leg.shares_a_gpu)
+    return [(load, load * capacity) for load in leg.loads]
+
+
+def estimate(leg: PdOptions, point: Point, costs: Costs, is_prepared: bool) -> Estimate:
+    """One cell. What a new one takes besides: prompts of each length, timed thrice over, and graphs."""
+    cell = point.cell
+    prefill_beside, decode_beside = SHARED if leg.shares_a_gpu else (1.0, 1.0)
+    system = System(
+        costs=costs,
+        num_prefill=len(leg.prefill_devices),
+        num_decode=len(leg.decode_devices),
+        egress_gbps=cell.link_gbps,
+        ingress_gbps=cell.link_gbps,
+        overlap=cell.overlap,
+        reserves_early=True,
+        capacity_bytes=budget_bytes(cell, leg.model),
+        max_batch=cell.slots,
+        prefill_beside=prefill_beside,
+        decode_beside=decode_beside,
+    )
+    outcome = simulate(system, point.requests)
+    prompts = 3 * len(set(cell.prompts))
+    prepare_s = 0.0 if is_prepared else PREPARE_S + prompts * costs.prefill_s(cell.prompts[1], 0)
+    jct_s = fmean(outcome.tally.column("jct_s").tolist())
+    return Estimate(point.run_id, point.rate_rps, jct_s, outcome.end_s + prepare_s + SETTLE_S)
+
+
+def estimates_table(rows: Sequence[Estimate]) -> Table:
+    """Cells with the seconds so far."""
+    table = Table(title="Expected, by simulation", box=box.SIMPLE_HEAD)
+    table.add_column("cell", no_wrap=True)
+    for heading in ("req/s", "JCT s", "cell s", "so far s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    total_s = 0.0
+    for row in rows:
+        total_s += row.seconds
+        table.add_row(row.run_id, f"{row.rate_rps:.2f}", f"{row.jct_s:.2f}", f"{row.seconds:.0f}", f"{total_s:.0f}")
+    return table
