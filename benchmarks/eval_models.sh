@@ -1,42 +1,83 @@
 #!/usr/bin/env bash
-# Evaluate formats, rivals and plans on three models, as decision 0017 reports them: one `homkv eval` after the other per
-# model, models side by side (45 GB of GPU memory, no timing). Records are appended one by one, so the script may be cut
-# anywhere and started again. The first lines are the decision's tables; the last were not measured yet.
+# Evaluate formats, rivals and plans on three models, as decision 0017 reports them. Parts of a model run one after the
+# other, models side by side. Records are appended one by one, so the script may be cut anywhere and started again.
 #
-#   benchmarks/eval_models.sh                                    # all, on a GPU
-#   MODELS=smollm2 DEVICE=cpu OUT=runs/eval benchmarks/eval_models.sh
-#   MODEL_DIR=folder                                             # takes folder/NAME.gguf instead of installed packages
+#   benchmarks/eval_models.sh                                          # all, on a GPU of 45 GB
+#   benchmarks/eval_models.sh "smollm2 text find" "smollm2 greedy"     # some parts, in two processes
+#   DEVICE=cpu OUT=runs/eval benchmarks/eval_models.sh "smollm2 text"
+#   MODEL_DIR=folder                                                   # takes folder/NAME.gguf, not installed packages
+#   SHORT=1                                                            # one text, few tokens: does every line work?
 set -eu
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/eval}; DEVICE=${DEVICE:-cuda}; PYTHON=${PYTHON:-python3}
-MODELS=${MODELS:-smollm2 qwen2.5-coder-0.5b qwen2.5-coder-1.5b}
+OUT=${OUT:-runs/eval}; DEVICE=${DEVICE:-cuda}; PYTHON=${PYTHON:-python3}; SHORT=${SHORT:-}; BASES=runs/bases
+IMPL=$([[ $DEVICE == cpu ]] || echo "--impl reference")  # on a GPU: the stored codes, pages from the CPU; compiles nothing
+PARTS="text find greedy search 6k drift prefill gate code serial keys basis hack"
 export OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$OUT"
 
 formats() { printf -- '--kv-cache-dtype %s ' "$@"; }
-measure() {  # MODEL NAME OPTIONS...
-    local model=$1 name=$2; shift 2
-    "$PYTHON" -m homkv.cli eval --model "${MODEL_DIR:+$MODEL_DIR/}$model${MODEL_DIR:+.gguf}" --device "$DEVICE" --impl reference \
-        --no-speed --num-threads 2 --json "$OUT/$model-$name.jsonl" "$@" >> "$OUT/$model-$name.txt" 2>&1 \
-        || echo "$model $name failed: see $OUT/$model-$name.txt"
+logged() {  # NAME COMMAND...
+    local name=$1 start=$SECONDS; shift
+    "$@" >> "$OUT/$name.txt" 2>&1 || echo "$(date +%T) $name failed: see $OUT/$name.txt"
+    echo "$(date +%T) $name: $((SECONDS - start)) s"
+}
+measure() {  # NAME OPTIONS...
+    local name=$1; shift
+    logged "$model-$name" "$PYTHON" -m homkv.cli eval --model "$source" --device "$DEVICE" $IMPL --no-speed \
+        --num-threads 2 --json "$OUT/$model-$name.jsonl" "$@" ${SHORT:+--texts 1 --prefix 700 --scored 24} \
+        ${SHORT:+--passkeys 1 --passkey-length 700 --copies 1 --greedy 1 --greedy-tokens 8 --problems 1 --code-tokens 8}
 }
 
-evaluate() {
-    local model=$1
-    local plans=(benchmarks/plans/"$model"-2.25.json benchmarks/plans/"$model"-2.6.json)
+evaluate() {  # MODEL PART
+    local model=$1 source=${MODEL_DIR:+$MODEL_DIR/}$1${MODEL_DIR:+.gguf}
+    local plans=(benchmarks/plans/"$model"-2.6.json benchmarks/plans/"$model"-2.25.json)
     local ours; ours=$(formats near-lossless quality balanced-long balanced small-long small "${plans[@]}")
-    local rivals; rivals=$(formats fp8 turbo decoquant kvquant:bits=3 kvquant cachegen cachegen:as=published)
+    local few; few=$(formats near-lossless balanced-long balanced "${plans[@]}")
+    local rivals; rivals=$(formats bf16 fp8 turbo decoquant kvquant:bits=3 kvquant cachegen cachegen:as=published)
     local serial; serial=$(formats kivi:bits=4 kivi hack-2026 hack)  # token by token: slow
-    measure "$model" text --task text --texts 6 --prefix 1792 --scored 384 $ours $rivals
-    measure "$model" find --task passkey --task copy --passkeys 8 --passkey-length 1900 --copies 2 --prefix 1792 $ours $rivals $serial
-    measure "$model" greedy --task greedy --greedy 16 --greedy-tokens 128 --prefix 1792 $ours
-    measure "$model" long --task text --texts 3 --prefix 6016 --scored 256 $ours $(formats fp8 kvquant:bits=3)
-    [[ $model == smollm2 ]] || measure "$model" long --task text --texts 3 --prefix 16000 --scored 256 $ours $(formats fp8)
-    measure "$model" code --task code --problems 16 --code-tokens 96 $ours $(formats fp8)
-    measure "$model" serial --task text --texts 3 --prefix 1792 --scored 384 $serial
-    measure "$model" drift --task text --texts 3 --prefix 1024 --scored 1024 $ours $(formats fp8 kvquant:bits=3)
-    measure "$model" prefill --prefill quantized --task text --texts 3 --prefix 1792 --scored 256 $ours
+    case $2 in
+    text) measure text --task text --texts 6 --prefix 1792 --scored 384 $ours $rivals ;;
+    find) measure find --task passkey --task copy --passkeys 8 --passkey-length 1900 --copies 2 --prefix 1792 $ours \
+        $rivals $serial ;;
+    greedy)
+        [[ -e $OUT/$model-greedy.jsonl ]] || grep '"task":"greedy"' "benchmarks/results/eval-$model-h100.jsonl" \
+            > "$OUT/$model-greedy.jsonl" || true  # what is known is not measured again
+        measure greedy --task greedy --greedy 32 --greedy-tokens 128 --prefix 1792 \
+            $(formats near-lossless balanced-long "${plans[0]}") ;;
+    search)
+        logged "$model-search" "$PYTHON" benchmarks/format_search.py "$source" k4420v2222 k4420v4222 \
+            k4420v4222,vo={1,2} k4420v4220 k4420v4220,vo={1,2} k4420v2222,c8={1,4} k4420v4222,w=192 \
+            k4420v4222,w=192,vo={1,2} k4420v4220,w=192,vo={1,2} k4420v2222,w=192 k4220v4220,vo={1,2} k4220v2222 \
+            k4220v2222,c8={1,4} k8420v4222 k8420v4222,vo={1,2} --device "$DEVICE" --threads 2 --texts "${SHORT:-6}" \
+            --prefix 1796 --scored 384 ${SHORT:+--prefix 516 --scored 64} --json "$OUT/$model-search.jsonl" ;;
+    6k) measure 6k --task text --texts 3 --prefix 6016 --scored 256 $ours $(formats fp8 kvquant:bits=3) ;;
+    16k) measure 16k --task text --texts 3 --prefix 16000 --scored 256 $few ;;
+    32k) measure 32k --task text --texts 3 --prefix 32000 --scored 256 $few ;;
+    keys)  # at other lengths
+        measure keys --task passkey --no-bf16 --passkeys 8 --passkey-length 6000 $ours $(formats fp8)
+        [[ $model == smollm2 ]] || measure keys --task passkey --no-bf16 --passkeys 8 --passkey-length 16000 $ours ;;
+    drift) measure drift --task text --texts 3 --prefix 1024 --scored 1024 $few ;;
+    prefill) measure prefill --prefill quantized --no-bf16 --task text --texts 3 --prefix 1792 --scored 256 $few ;;
+    gate) logged "$model-gate" "$PYTHON" -m homkv.cli eval --device "$DEVICE" $IMPL --num-threads 2 --gate \
+        "benchmarks/gates/$model$([[ $model != smollm2 || $SHORT ]] || echo -full).json" ;;
+    code) measure code --task code --no-bf16 --problems 16 --code-tokens 96 --run-code $few ;;
+    serial) measure serial --task text --no-bf16 --texts 6 --prefix 1792 --scored 384 $serial ;;
+    basis)
+        logged "$model-basis" "$PYTHON" -m homkv.cli basis --model "$source" --num-threads 4 --out "$BASES/$model.safetensors" \
+            ${SHORT:+--texts 1 --tokens 128}
+        measure basis --task text --no-bf16 --texts 6 --prefix 1792 --scored 384 \
+            $(formats bf16 "basis:file=$BASES/$model.safetensors") ;;
+    hack) measure hack --task text --no-bf16 --texts 3 --prefix 1792 --scored 384 \
+        $(formats hack:rounding=nearest hack:pi=32 hack:pi=128 hack:rqe=0 hack-2026:pi=128) ;;
+    *) echo "expected parts out of $PARTS 16k 32k, found $2"; return 1 ;;
+    esac
 }
 
-for model in $MODELS; do evaluate "$model" & done
+lane() {  # "MODEL PART..."
+    local words; read -ra words <<< "$1"
+    for part in "${words[@]:1}"; do evaluate "${words[0]}" "$part"; done
+}
+
+(($#)) || set -- "smollm2 $PARTS" "qwen2.5-coder-0.5b $PARTS 16k 32k" "qwen2.5-coder-1.5b $PARTS 16k"
+for words in "$@"; do lane "$words" & done
 wait

@@ -6,18 +6,19 @@ A variant is ``kDIGITSvDIGITS[,key=value...]``: any number of digits per side (4
 Keys: ``a`` error diffusion along V's tokens, ``ak`` the same for K, ``vs ks`` least number of classes of V and K (so
 that a run of equal digits has several scales), ``w`` shortest window, ``fit`` least-squares steps, ``fb`` 1: the
 errors of K's coarser classes are fed forward into the finer ones by the covariance of the prompt's queries, ``vo`` 1:
-V's channels in falling order of their mean square over the first text's prefix (a calibration, for each head), ``c8``
-K's centre as int8: 1 with one fp16 scale per page, 4 with one per quarter.
+V's channels in falling order of their mean square, 2: V in the eigenvectors of its second moments, largest first (both
+for each head, from a calibration text that is not scored), ``c8`` K's centre as int8: 1 with one fp16 scale per page, 4
+with one per quarter.
 
-The model reads a prefix exactly (bfloat16 products), then 64 tokens at a time on dequantized pages: the same sinks,
-pages and window as decoding token by token. Queries and weights are not rounded to 8 bits, which changes nothing that
-is measured here. Every variant sees the same texts; KL is the mean over all tokens behind the prefix.
+The model reads a prefix exactly (on a CPU in bfloat16 products), then 64 tokens at a time on dequantized pages: the
+same sinks, pages and window as decoding token by token. Queries and weights are not rounded to 8 bits, which changes
+nothing that is measured here. Every variant sees the same texts; KL is the mean over all tokens behind the prefix.
 """
 
 import argparse
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,20 @@ def diffused(x: Tensor, bits: int, share: float, fit: int) -> Tensor:
     return torch.stack(out, -2)
 
 
-def restore_values(v: Tensor, variant: Variant, order: Tensor) -> Tensor:
-    """``v [..., G, N, 64, D]`` through a page and back; ``order [G, D]`` of a calibration, used if asked for."""
-    if variant.get("vo", 0):
-        index = order[:, None, None].expand(v.shape)
-        sorted_v = restore_values(v.gather(-1, index), replace(variant, options=variant.options | {"vo": 0}), order)
-        return torch.empty_like(v).scatter_(-1, index, sorted_v)
+def value_basis(v: Tensor, kind: int) -> Tensor:
+    """Orthonormal columns ``[L, G, D, D]`` in which V's channels are ordered, from values ``[L, G, S, D]``."""
+    moments = v.double().transpose(-1, -2) @ v.double() / v.shape[-2]
+    if kind == 2:
+        return torch.linalg.eigh(moments).eigenvectors.flip(-1).to(v.dtype)
+    order = moments.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+    return torch.nn.functional.one_hot(order, v.shape[-1]).transpose(-1, -2).to(v.dtype)
+
+
+def restore_values(v: Tensor, variant: Variant, basis: Tensor | None) -> Tensor:
+    """``v [L, B, G, N, 64, D]`` through a page and back, in ``basis [L, G, D, D]`` unless None."""
+    if basis is not None:
+        basis = basis[:, None, :, None]
+        return restore_values(v @ basis, variant, None) @ basis.transpose(-1, -2)
     out = torch.empty_like(v)
     for start, width, bits in variant.classes("v", v.shape[-1]):
         block = width & -width
@@ -162,10 +171,10 @@ def restore_keys(k: Tensor, order: Tensor, variant: Variant, w: Tensor) -> Tenso
     feed = variant.get("fb", 0) > 0
     if feed:
         w = w[..., order, :][..., :, order]
-        w = w + 0.01 * w.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(k.shape[-1])
+        w = w + 0.01 * w.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(k.shape[-1], device=k.device)
         residual = residual.clone()
     got = torch.zeros_like(residual)
-    left = torch.ones(k.shape[-1], dtype=torch.bool)
+    left = torch.ones(k.shape[-1], dtype=torch.bool, device=k.device)
     for start, width, bits in sorted(classes, key=lambda c: c[2]):  # coarse first: fine classes absorb their errors
         span, block = slice(start, start + width), width & -width
         rotated = hadamard(residual[..., span], block)
@@ -187,21 +196,21 @@ class Tape:
 
     def __init__(self, k: Tensor, v: Tensor, room: int) -> None:
         grow = (*k.shape[:3], k.shape[3] + room, k.shape[4])
-        self.k, self.v, self.length, self.sealed = torch.zeros(grow), torch.zeros(grow), k.shape[3], SINKS
+        self.k, self.v, self.length, self.sealed = k.new_zeros(grow), v.new_zeros(grow), k.shape[3], SINKS
         self.k[..., : self.length, :], self.v[..., : self.length, :] = k, v
 
-    def seal(self, variant: Variant, order: Tensor, w: Tensor, v_order: Tensor) -> None:
-        """Replace whatever has left the window; ``v_order [L, G, D]``."""
+    def seal(self, variant: Variant, order: Tensor, w: Tensor, basis: Tensor | None) -> None:
+        """Replace whatever has left the window; ``basis [L, G, D, D]`` of values, if any."""
         pages = max(self.length - self.sealed - variant.window, 0) // PAGE
         if not pages:
             return
         span = slice(self.sealed, self.sealed + pages * PAGE)
-        shape = (*self.k.shape[:3], pages, PAGE, self.k.shape[-1])
-        for i in range(self.k.shape[0]):  # layer by layer: the rows of one fit the processor's cache
-            k, v = self.k[i : i + 1, ..., span, :], self.v[i : i + 1, ..., span, :]
-            k = restore_keys(k.reshape(1, *shape[1:]), order, variant, w[i : i + 1])
-            self.k[i, ..., span, :] = k.flatten(-3, -2)[0]
-            self.v[i, ..., span, :] = restore_values(v.reshape(1, *shape[1:]), variant, v_order[i]).flatten(-3, -2)[0]
+        num_layers, step = self.k.shape[0], 8 if self.k.is_cuda else 1  # the rows of one fit a processor's cache
+        for at in (slice(i, i + step) for i in range(0, num_layers, step)):
+            k, v = (x[at][..., span, :].unflatten(-2, (pages, PAGE)) for x in (self.k, self.v))
+            self.k[at][..., span, :] = restore_keys(k, order, variant, w[at]).flatten(-3, -2)
+            here = None if basis is None else basis[at]
+            self.v[at][..., span, :] = restore_values(v, variant, here).flatten(-3, -2)
         self.sealed = span.stop
 
 
@@ -220,7 +229,7 @@ def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
         return o.transpose(1, 2).contiguous(), None
     end = tape.length + count
     tape.k[layer, ..., tape.length : end, :], tape.v[layer, ..., tape.length : end, :] = k, v
-    seen = torch.ones(count, end, dtype=torch.bool).tril(tape.length)
+    seen = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(tape.length)
     keys, values = tape.k[layer, ..., :end, :], tape.v[layer, ..., :end, :]
     o = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
     return o.transpose(1, 2).contiguous(), None
@@ -228,27 +237,28 @@ def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
 
 @dataclass
 class Texts:
-    """Exact prefixes and the exact model's predictions behind them."""
+    """Exact prefixes and the exact model's predictions behind them; ``bases``: of values, by kind."""
 
     ids: Tensor
     prefix: int
     k: Tensor
     v: Tensor
     w: Tensor
+    bases: dict[int, Tensor]
     logp: list[Tensor]
 
 
 def run(loaded: LoadedModel, texts: Texts, variant: Variant | None) -> list[Tensor]:
-    """Log probabilities ``[B, 64, V]`` of every chunk behind the prefix; None computes exactly."""
-    order = torch.tensor(loaded.rope.channel_order())
-    v_order = texts.v[:, 0].square().mean(-2).argsort(-1, descending=True)
+    """Log probabilities ``[B, 64, V]`` of every chunk behind the prefix; of a variant KL and top-1, ``[B, 64, 2]``."""
+    order = torch.tensor(loaded.rope.channel_order(), device=texts.k.device)
+    basis = None if variant is None else texts.bases.get(int(variant.get("vo", 0)))
     tape = STATE["tape"] = Tape(texts.k, texts.v, texts.ids.shape[1] - texts.prefix)
     out = []
     for start in range(texts.prefix, texts.ids.shape[1], PAGE):
         if variant is not None:
-            tape.seal(variant, order, texts.w, v_order)
+            tape.seal(variant, order, texts.w, basis)
         ids = texts.ids[:, start : start + PAGE]
-        positions = torch.arange(start, start + PAGE)[None]
+        positions = torch.arange(start, start + PAGE, device=ids.device)[None]
         logits = loaded.model(ids, position_ids=positions, use_cache=False).logits
         tape.length += PAGE
         out.append(logits.float().log_softmax(-1))
@@ -261,18 +271,19 @@ def run(loaded: LoadedModel, texts: Texts, variant: Variant | None) -> list[Tens
 
 
 def prepare(loaded: LoadedModel, count: int, prefix: int, scored: int) -> Texts:
-    """Spread ``count`` texts over the essays, read their prefixes and the exact predictions behind them."""
+    """Spread ``count`` texts and one to calibrate on over the essays, read their prefixes and predict behind them."""
     all_ids = torch.tensor(loaded.tokenizer.encode(essays(), add_special_tokens=False))
-    stride = (len(all_ids) - prefix - scored) // max(count - 1, 1)
-    ids = torch.stack([all_ids[i * stride : i * stride + prefix + scored] for i in range(count)])
-    rows = []
+    stride = (len(all_ids) - prefix - scored) // count
+    ids = torch.stack([all_ids[i * stride : i * stride + prefix + scored] for i in range(count + 1)])
+    ids, rows = ids.to(loaded.model.device), []
     for row in ids:
         STATE.update(k=[], v=[], w=[], tape=None)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # on a GPU float32 is fast enough
             loaded.model.base_model(row[None, :prefix], use_cache=False)
         rows.append([torch.stack(STATE[name]) for name in "kvw"])
     k, v, w = (torch.cat(parts, 1) for parts in zip(*rows, strict=True))
-    texts = Texts(ids, prefix, k, v, w, [])
+    bases = {kind: value_basis(v[:, -1], kind) for kind in (1, 2)}
+    texts = Texts(ids[:-1], prefix, k[:, :-1], v[:, :-1], w[:, :-1], bases, [])
     texts.logp = run(loaded, texts, None)
     return texts
 
@@ -287,9 +298,10 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=SINKS + 16 * PAGE)
     parser.add_argument("--scored", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    loaded = load_model(args.model, num_threads=args.threads)
+    loaded = load_model(args.model, device=args.device, num_threads=args.threads)
     AttentionInterface.register("search", attention)
     AttentionMaskInterface.register("search", flash_attention_mask)
     loaded.model.set_attn_implementation("search")
@@ -301,7 +313,7 @@ def main() -> None:
         found = torch.cat(run(loaded, texts, variant), 1)
         per_text = found[..., 0].mean(1)
         line = {
-            "model": args.model,
+            "model": loaded.name,
             "variant": name,
             "kl": float(per_text.mean()),
             "top1": float(found[..., 1].mean()),

@@ -4,8 +4,10 @@ Texts, not tokens, are drawn again: tokens of one text err together. All formats
 interval of a difference is that of paired differences.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +56,16 @@ def difference(a: Sequence[float], b: Sequence[float], weights: Sequence[float] 
     if len(a) != len(b):
         raise ShapeError(f"expected values of the same texts, found {len(a)} and {len(b)}")
     return estimate([x - y for x, y in zip(a, b, strict=True)], weights)
+
+
+def share(found: int, total: int) -> Estimate:
+    """Share of ``total`` prompts that were answered, with Wilson's interval: of prompts that all are, drawing them
+    again would say that nothing can go wrong. Raises ShapeError without prompts."""
+    if not 0 <= found <= total or not total:
+        raise ShapeError(f"expected 0 <= found <= total and at least one prompt, found {found} of {total}")
+    z, p = NormalDist().inv_cdf((1 + LEVEL) / 2), found / total
+    middle, spread = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2)
+    return Estimate(p, *((middle + sign * spread) / (1 + z * z / total) for sign in (-1, 1)))
 
 
 def resolved(found: Estimate) -> bool:

@@ -12,9 +12,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from homkv.bench.gpu_candidates import (
 )
 from homkv.bench.gpu_clock import Replay, measure
 from homkv.bench.gpu_report import print_report
-from homkv.bench.gpu_stats import add_floors, decode_rows, fit_rows, tera_per_second
+from homkv.bench.gpu_stats import add_floors, decode_rows, fit_rows, plan_rows, tera_per_second
 from homkv.bench.rows import append_rows
 from homkv.errors import UnsupportedError
 
@@ -50,12 +50,13 @@ class GpuBenchOptions:
     """What to measure. ``cases`` run homkv and the 16-bit peers, and every peer where ``full`` says so."""
 
     cases: tuple[Case, ...]
-    full: frozenset[Case]  # cases in which the compressed peers run too
+    full: frozenset[Case]  # cases in which the compressed peers run too; in none, they are not compiled
     formats: tuple[str, ...] = ("small", "balanced")
     rounds: int = 9
     rates: bool = True  # packing, prefill and extension too
     record: Path | None = None  # JSONL, appended
     plots: Path | None = None  # folder
+    plans: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # formats of the layers, all of them measured
 
 
 def make_options(
@@ -115,7 +116,8 @@ def run(options: GpuBenchOptions, console: Console) -> list[dict[str, Any]]:
         right: dict[HeadShape, list[Candidate]] = {}
         for shape in shapes:
             progress.update(task, description=f"check {shape}")
-            everyone = [*our_formats(options.formats), *sixteen_bit_peers(), *compressed_peers(options.formats)]
+            everyone = [*our_formats(options.formats), *sixteen_bit_peers()]
+            everyone += compressed_peers(options.formats) if options.full else []
             checks = check_all(everyone, shape, device)
             right[shape] = [c for c, row in zip(everyone, checks, strict=True) if row["status"] == "ok"]
             rows += checks
@@ -134,12 +136,18 @@ def run(options: GpuBenchOptions, console: Console) -> list[dict[str, Any]]:
             progress.update(task, description="packing, prefill, extension")
             rows += rate_rows(options.formats[0], device, options.rounds)
             progress.advance(task)
+    rows += plan_rows(rows, {name: of_layers(layers) for name, layers in options.plans.items()})
     add_floors(rows)
     rows += fit_rows(rows)
     about = machine(device)
     rows = [row | about for row in rows]
     finish(rows, options, console)
     return rows
+
+
+def of_layers(formats: Sequence[str]) -> tuple[str, ...]:
+    """Candidates of a plan's layers."""
+    return tuple(candidate.name for candidate in our_formats(tuple(formats)))
 
 
 def finish(rows: list[dict[str, Any]], options: GpuBenchOptions, console: Console) -> None:

@@ -125,3 +125,39 @@ def fit_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if rate < math.inf:
                 out.append({"kind": "fit", **case, "fixed_us": fixed, "marginal_tbps": rate})
     return out
+
+
+def plan_rows(rows: Sequence[Mapping[str, Any]], plans: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """What a layer of each plan takes on the average, in every case in which all formats of its layers were measured.
+
+    ``plans``: candidates of the layers, by the plan's own name. Ratios are those of the mean times, in which each
+    layer's time is the one that was paired with the other candidate's.
+    """
+    cases: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["kind"] == "decode" and row["status"] == "ok":
+            cases.setdefault((row["shape"], row["batch"], row["context"]), {})[row["candidate"]] = row
+    return [
+        _plan_row(name, [measured[layer] for layer in layers])
+        for measured in cases.values()
+        for name, layers in plans.items()
+        if set(layers) <= measured.keys()
+    ]
+
+
+def _plan_row(name: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row that stands for layers measured in one case."""
+    others = set.intersection(*(set(layer["ratios"]) for layer in layers))
+    us, num_bytes = (statistics.fmean(layer[key] for layer in layers) for key in ("us", "bytes"))
+    ratios = {x: statistics.harmonic_mean([layer["ratios"][x] for layer in layers]) for x in sorted(others)}
+    return {
+        **layers[0],
+        "candidate": name,
+        "layers": len(layers),
+        "us": us,
+        "spread": max(layer["spread"] for layer in layers),
+        "bytes": num_bytes,
+        "tbps": tera_per_second(num_bytes, us),
+        "ratio_to_fp16": ratios.get(layers[0]["best_fp16"]),
+        "ratios": ratios,
+    }

@@ -1,5 +1,6 @@
 """``homkv bench``: speed, always beside the best alternative measured in the same run."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ CPU, GPU = "On the CPU", "On a GPU"
 @app.command()
 def attention(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
-    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Rows format; repeat the option.")] = None,
+    kv_cache_dtype: Annotated[list[str] | None, typer.Option(help="Rows format; on a GPU also a plan; repeat.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; repeat the option.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Tokens per sequence; repeat the option.")] = None,
     pack: Annotated[bool, typer.Option(help="Measure packing too; on a GPU also prefill and extension.")] = True,
@@ -34,6 +35,7 @@ def attention(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer sizes, formats and peers.", rich_help_panel=GPU)
     ] = False,
+    peers: Annotated[bool, typer.Option(help="Compressed peers as well as 16-bit ones.", rich_help_panel=GPU)] = True,
     rounds: Annotated[int | None, typer.Option(help="Turns of every candidate.", rich_help_panel=GPU)] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.", rich_help_panel=GPU)] = None,
     isa: Annotated[str | None, typer.Option(help="Instruction set; default: the best.", rich_help_panel=CPU)] = None,
@@ -46,12 +48,9 @@ def attention(
     time it takes to read the cache once. On the CPU: one thread against PyTorch on one thread.
     """
     chosen = choose_device(device)
-    foreign: dict[str, object] = {"--isa": isa, "--repetitions": repetitions, "--max-gib": max_gib}
-    if chosen == "cpu":
-        foreign = {"--quick": quick, "--rounds": rounds, "--plots": plots}
-    for name, value in foreign.items():
-        if value:
-            raise UnsupportedError(f"expected options for --device {chosen}, found {name}; leave it out")
+    of_cpu = {"--isa": isa, "--repetitions": repetitions, "--max-gib": max_gib}
+    of_gpu = {"--quick": quick, "--no-peers": not peers, "--rounds": rounds, "--plots": plots}
+    refuse_foreign(chosen, of_gpu if chosen == "cpu" else of_cpu)
     if chosen == "cpu":
         run_cpu(kv_cache_dtype, batch, context, isa, pack, repetitions or 5, max_gib or 10.0, json_file)
         return
@@ -59,8 +58,32 @@ def attention(
 
     from homkv.bench import gpu
 
-    options = gpu.make_options(quick=quick, batches=batch, contexts=context, formats=kv_cache_dtype, rounds=rounds)
-    gpu.run(replace(options, rates=pack, record=json_file, plots=plots), Console())
+    formats, plans = read_plans(kv_cache_dtype or ())
+    options = gpu.make_options(quick=quick, batches=batch, contexts=context, formats=formats, rounds=rounds)
+    full = options.full if peers else frozenset()
+    gpu.run(replace(options, full=full, plans=plans, rates=pack, record=json_file, plots=plots), Console())
+
+
+def read_plans(names: Iterable[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The formats named and those of the layers of plan files, each once; and the layers of each plan."""
+    from homkv.plan import LayerPlan
+
+    formats, plans = list[str](), dict[str, tuple[str, ...]]()
+    for name in names:
+        if name.endswith(".json"):
+            plan = LayerPlan.load(name)
+            plans[f"homkv plan {plan.name}"] = plan.layers
+            formats += plan.layers
+        else:
+            formats.append(name)
+    return tuple(dict.fromkeys(formats)), plans
+
+
+def refuse_foreign(chosen: str, foreign: Mapping[str, object]) -> None:
+    """Raise UnsupportedError if an option of the other device was given."""
+    for name, value in foreign.items():
+        if value:
+            raise UnsupportedError(f"expected options for --device {chosen}, found {name}; leave it out")
 
 
 def choose_device(device: str) -> str:

@@ -49,6 +49,7 @@ def evaluate(
     code_tokens: Annotated[int, typer.Option(help="Tokens written for each problem.")] = 96,
     prefill: Annotated[str, typer.Option(help="exact, or quantized: prompts attend to their own pages.")] = "exact",
     run_code: Annotated[bool, typer.Option("--run-code", help="Run what models write for HumanEval, limited.")] = False,
+    bf16: Annotated[bool, typer.Option(help="A row for the whole model in bfloat16.")] = True,
     speed: Annotated[bool, typer.Option(help="Time an attention step of each format.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the format's first.")] = None,
@@ -105,7 +106,7 @@ def _measure(model: str, names: tuple[str, ...], given: Mapping[str, Any], conso
     from homkv.models import load_model
 
     options, path = _options(given), given["record"]
-    conditions = Conditions(names, given["prefill"], place.impl, given["run_code"])
+    conditions = Conditions(names, given["prefill"], place.impl, given["run_code"], given["bf16"])
     with steps(console) as progress:
         loaded = load_model(model, device=place.device, num_threads=place.num_threads, progress=progress.note)
         items = make_items(loaded.tokenizer, options)
@@ -145,9 +146,9 @@ def _report(path: Path, page: Path | None, console: Console) -> None:
 
     from homkv.eval.plots import save_plots
     from homkv.eval.record import Case, read_records
-    from homkv.eval.report import make_report, markdown, notes, quality_table, rich_table, tables
+    from homkv.eval.report import by_preset, make_report, markdown, notes, quality_table, rich_table, tables
 
-    records = read_records(path)
+    records = by_preset(read_records(path))
     found = make_report(records)
     if not found.summaries:
         raise FormatError(f"expected results in {path}, found none; run homkv eval without --only-report first")

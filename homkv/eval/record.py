@@ -48,7 +48,7 @@ class Size(msgspec.Struct, tag="size", tag_field="kind", frozen=True):
 
 
 class Speed(msgspec.Struct, tag="speed", tag_field="kind", frozen=True):
-    """One attention step of one layer. ``ratios``: the 16-bit step's time through this one's, in pairs."""
+    """Attention of one new token, time per layer. ``ratios``: the 16-bit step's time through this one's, in pairs."""
 
     key: str
     model: str
@@ -60,6 +60,7 @@ class Speed(msgspec.Struct, tag="speed", tag_field="kind", frozen=True):
     ratios: list[float]
     peer: str
     machine: str
+    layers: int = 1  # that were computed in turn, each with its own KV
 
 
 class Run(msgspec.Struct, tag="run", tag_field="kind", frozen=True):

@@ -8,11 +8,12 @@ from functools import cache
 from typing import Any
 
 from msgspec import to_builtins
+from msgspec.structs import replace
 from rich import box
 from rich.table import Table
 
-from homkv.bootstrap import Estimate
-from homkv.eval.record import CALIBRATION, Case, Record, Size, Speed
+from homkv.bootstrap import Estimate, resolved
+from homkv.eval.record import CALIBRATION, EXACT, Case, Record, Run, Size, Speed
 from homkv.eval.sizes import LONG, WIDE
 from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
 from homkv.formats import make_codec, parse_options
@@ -53,13 +54,20 @@ class Report:
                 for setting, rows in self.others.items()
             ],
             "sizes": {name: to_builtins(size) for name, size in self.sizes.items()},
+            "speeds": {name: to_builtins(speed) for name, speed in self.speeds.items()},
             "unresolved": [list(pair) for pair in self.unresolved],
             "failed": list(self.failed),
         }
 
 
+def by_preset(records: Sequence[Record]) -> list[Record]:
+    """Records in which a format that is a preset has the preset's name, however it was spelled."""
+    return [r if isinstance(r, Run) else replace(r, format=PRESET_OF.get(r.format, r.format)) for r in records]
+
+
 def make_report(records: Sequence[Record]) -> Report:
     """Put the newest results together. Records of several models: the last one's."""
+    records = by_preset(records)
     cases = [r for r in records if isinstance(r, Case)]
     model = cases[-1].model if cases else ""
     cases = list({c.key: c for c in cases if c.model == model}.values())
@@ -87,10 +95,12 @@ def _is_main(size: Size, main: Setting | None) -> bool:
 
 @cache
 def shown(name: str) -> str:
-    """A format as tables name it: a preset for its spelling; a plan by bits at 32k, window and the end of its title."""
+    """A format as tables name it: a plan by bits at 32k, window and the end of its title."""
     base, options = parse_options(name)
+    if base == "basis":
+        return base  # its tables are this model's
     if base != PER_LAYER:
-        return PRESET_OF.get(name, name)
+        return name
     codec = make_codec(name, WIDE)
     return f"plan {codec.bits_per_element(LONG):.2f} w{codec.min_window} {LayerPlan.from_options(options).title[-6:]}"
 
@@ -122,15 +132,33 @@ def cells(report: Report, row: Summary) -> tuple[str, ...]:
     )
 
 
-WRITTEN = ("format", "tokens before it leaves the exact model", "texts", "edit similarity of code", "passes")
+WRITTEN = (
+    *("format", "tokens before it leaves the exact model", "texts", "more than all in bfloat16"),
+    *("edit similarity of code", "passes"),
+)
+INTERVALS = ("format", "perplexity / exact", "top-1", "KL, last less first quarter", "pass-keys", "copies")
 
 
 def written_rows(report: Report) -> list[tuple[str, ...]]:
     """What formats wrote by themselves, under WRITTEN: greedy continuations and code."""
     return [
-        (shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.similarity, 3), str(s.passed))
+        (
+            *(shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.longer_than_bf16, 1)),
+            *(interval(s.similarity, 3), str(s.passed)),
+        )
         for s in report.summaries
         if s.diverges is not None or s.similarity is not None
+    ]
+
+
+def interval_rows(report: Report) -> list[tuple[str, ...]]:
+    """Intervals of what the main table gives without one, under INTERVALS."""
+    return [
+        (
+            *(shown(s.format), interval(s.perplexity_ratio), interval(s.top1, 3), interval(s.drift_change)),
+            *(interval(s.passkey.share, 2), interval(s.copy.share, 2)),
+        )
+        for s in report.summaries
     ]
 
 
@@ -149,6 +177,12 @@ def other_rows(report: Report) -> list[tuple[str, ...]]:
     return [(shown(name), *(cell(name, setting) for setting in report.others)) for name in order]
 
 
+def length_rows(report: Report, lengths: Sequence[int]) -> list[tuple[str, ...]]:
+    """Pass-keys by length of the prompt; none where there is one length only."""
+    rows = [s for s in report.summaries if s.passkey.total and len(lengths) > 1]
+    return [(shown(s.format), *(str(s.passkey_by_length.get(n, "–")) for n in lengths)) for s in rows]
+
+
 def drift_rows(report: Report) -> list[tuple[str, ...]]:
     """KL by quarters of the scored tokens, where these are most."""
     settings = ([report.main] if report.main else []) + list(report.others)
@@ -162,9 +196,12 @@ def drift_rows(report: Report) -> list[tuple[str, ...]]:
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Everything but the main table: title, headings, rows."""
     settings = tuple(map(str, report.others))
+    lengths = sorted({n for s in report.summaries for n in s.passkey_by_length})
     quarters = ("format", *(f"quarter {i}" for i in range(1, QUARTERS + 1)))
     found = [
+        ("95 % intervals of the rest", INTERVALS, interval_rows(report)),
         ("Written greedily", WRITTEN, written_rows(report)),
+        ("Pass-keys by tokens of the prompt", ("format", *(f"{n:,}" for n in lengths)), length_rows(report, lengths)),
         ("KL at other lengths (prefix + scored tokens) and prefills", ("format", *settings), other_rows(report)),
         ("Drift: KL by quarters of the longest scored tail", quarters, drift_rows(report)),
     ]
@@ -176,9 +213,20 @@ def notes(report: Report) -> list[str]:
     most = max((s.num_texts for s in report.summaries), default=0)
     fewer = [f"{shown(s.format)} ({s.num_texts})" for s in report.summaries if 0 < s.num_texts < most]
     found = [f"not resolved: {shown(a)} and {shown(b)}" for a, b in report.unresolved]
+    found += [
+        f"not resolved: whether {shown(s.format)} follows the exact model longer or shorter than bfloat16 does"
+        for s in report.summaries
+        if s.longer_than_bf16 is not None and not resolved(s.longer_than_bf16) and s.format != EXACT
+    ]
     if fewer:
         found.append(f"on fewer than {most} texts, so not on the same tokens as the rest: {', '.join(fewer)}")
+    found += [f"x 16-bit at {place}" for place in dict.fromkeys(map(_place, report.speeds.values()))]
     return found + [f"failed: {what}" for what in report.failed]
+
+
+def _place(speed: Speed) -> str:
+    """Where a speed was measured."""
+    return f"{speed.context:,} tokens, {speed.heads} query heads / kv heads x channels, {speed.machine}"
 
 
 def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -202,9 +250,9 @@ def quality_table(report: Report) -> Table:
 LEGEND = (
     "KL(exact || format) in nats per token with its 95 % bootstrap interval over texts. Drift: KL in the first and the "
     "last quarter of the scored tokens. Bits per element count everything: stored at this context, as sent, and at "
-    "32,768 tokens of head_dim 128. x 16-bit: an attention step of one layer, in turns with the faster of torch's "
-    "matrix products on unpacked bfloat16 and float32 KV, each format by its own best implementation; rivals and HACK "
-    "have no fused kernel on a CPU."
+    "32,768 tokens of head_dim 128. x 16-bit: a decode step's attention, layer by layer, in turns with the faster of "
+    "torch's matrix products on unpacked bfloat16 and float32 KV, each format by its own best implementation; rivals "
+    "and HACK have no fused kernel on a CPU."
 )
 
 

@@ -54,7 +54,8 @@ def speed_key(loaded: LoadedModel, name: str, context: int, impl: str | None) ->
     """What a speed is kept under: it belongs to the implementation and the device as well."""
     device = loaded.model.device
     chosen = api.resolve_impl(_computed(loaded, name), impl, device)
-    return f"speed {loaded.fingerprint} {bind(loaded, name).layout_id} {context} {chosen} {device.type}"
+    layers = _num_layers(loaded, _computed(loaded, name), chosen)
+    return f"speed {loaded.fingerprint} {bind(loaded, name).layout_id} {context} {chosen} {device.type} {layers} layers"
 
 
 def _computed(loaded: LoadedModel, name: str) -> PageCodec:
@@ -90,17 +91,20 @@ def _wide_bits(name: str) -> float | None:
 
 
 def measure_speed(loaded: LoadedModel, name: str, context: int, impl: str | None = None) -> Speed:
-    """One layer's attention of one new token over ``context`` stored ones, in turns with torch on unpacked KV.
+    """Attention of one new token over ``context`` stored ones, in turns with torch on as many layers of unpacked KV.
 
-    Of a plan, whose layers differ, the mean over its layers. The peer is the faster of grouped matrix products in
-    bfloat16 and in float32, its keys and values unpacked for free.
+    The time is that of a layer. A fused kernel computes all layers, each with KV of its own that no cache of the
+    processor holds any more when its turn comes again, as in a decode step; a reference path, slower by far, only
+    one, unless a plan makes them differ. The peer is the faster of grouped matrix products in bfloat16 and in
+    float32, its keys and values unpacked for free.
     """
-    step, chosen = _attention_step(loaded, name, context, impl)
-    peers = {f"torch matmul {str(d)[6:]}": _torch_step(loaded, context, d) for d in (torch.bfloat16, torch.float32)}
+    step, chosen, layers = _attention_step(loaded, name, context, impl)
+    dtypes = (torch.bfloat16, torch.float32)
+    peers = {f"torch matmul {str(dtype)[6:]}": _torch_step(loaded, context, dtype, layers) for dtype in dtypes}
     peer = min(peers, key=lambda name: min(_seconds(peers[name]) for _ in range(3)))
-    times, ratios, layers = [], [], _num_layers(loaded, bind(loaded, name))
+    times, ratios = [], []
     for _ in range(ROUNDS):
-        mine, other = _seconds(step) / layers, _seconds(peers[peer])
+        mine, other = _seconds(step) / layers, _seconds(peers[peer]) / layers
         times.append(mine)
         ratios.append(other / mine)
     return Speed(
@@ -109,6 +113,7 @@ def measure_speed(loaded: LoadedModel, name: str, context: int, impl: str | None
         format=name,
         impl=chosen,
         context=context,
+        layers=layers,
         heads=f"{loaded.num_q_heads}/{loaded.num_kv_heads}x{loaded.head_dim}",
         microseconds=1e6 * statistics.median(times),
         ratios=[round(r, 4) for r in ratios],
@@ -133,18 +138,22 @@ def _random(loaded: LoadedModel, context: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _torch_step(loaded: LoadedModel, context: int, dtype: torch.dtype) -> Callable[[], object]:
+def _torch_step(loaded: LoadedModel, context: int, dtype: torch.dtype, layers: int) -> Callable[[], object]:
     q, k, v = (x.to(dtype) for x in _random(loaded, context))
     rows = q.view(loaded.num_kv_heads, -1, loaded.head_dim) * loaded.head_dim**-0.5
-    return lambda: torch.softmax((rows @ k.transpose(1, 2)).float(), -1).to(dtype) @ v
+    stored = [(k.clone(), v.clone()) for _ in range(layers)]
+    return lambda: [torch.softmax((rows @ k.transpose(1, 2)).float(), -1).to(dtype) @ v for k, v in stored]
 
 
-def _attention_step(loaded: LoadedModel, name: str, context: int, impl: str | None) -> tuple[Callable[[], object], str]:
-    """A call that attends in every layer that differs, and who computes it."""
+def _attention_step(
+    loaded: LoadedModel, name: str, context: int, impl: str | None
+) -> tuple[Callable[[], object], str, int]:
+    """A call that attends in layers, who computes it, and how many they are."""
     codec = _computed(loaded, name)
+    layers = _num_layers(loaded, codec, api.resolve_impl(codec, impl, loaded.model.device))
     cache = PagedCache(
         encoded_on_host(codec, impl, loaded.model.device),
-        num_layers=_num_layers(loaded, codec),
+        num_layers=layers,
         num_kv_heads=loaded.num_kv_heads,
         num_blocks=codec.num_pages(context) + 1,
         max_sequences=1,
@@ -153,20 +162,20 @@ def _attention_step(loaded: LoadedModel, name: str, context: int, impl: str | No
     )
     sequence = cache.new_sequence(context)
     q, k, v = _random(loaded, context)
-    for layer in range(cache.num_layers):
+    for layer in range(layers):
         cache.append(layer, sequence, k, v)
-    views, scale = [cache.view(layer, [sequence]) for layer in range(cache.num_layers)], loaded.head_dim**-0.5
+    views, scale = [cache.view(layer, [sequence]) for layer in range(layers)], loaded.head_dim**-0.5
 
     def step() -> None:
         for view, layer_codec in zip(views, cache.codecs, strict=True):
             api.attend(q[None], view, layer_codec, scale, impl=cache.impl)
 
-    return step, cache.impl
+    return step, cache.impl, layers
 
 
-def _num_layers(loaded: LoadedModel, codec: PageCodec) -> int:
-    """Layers that a step has to compute to stand for all: one, unless a plan makes them differ."""
-    return loaded.num_layers if isinstance(codec, PerLayerCodec) else 1
+def _num_layers(loaded: LoadedModel, codec: PageCodec, impl: str) -> int:
+    """Layers that a step computes."""
+    return 1 if impl == "reference" and not isinstance(codec, PerLayerCodec) else loaded.num_layers
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -1,13 +1,13 @@
 """What all cases of one format say together, each mean with its interval, and which formats cannot be told apart."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from homkv.bootstrap import Estimate, difference, estimate, resolved
+from homkv.bootstrap import Estimate, difference, estimate, resolved, share
 from homkv.eval.metrics import first_miss
-from homkv.eval.record import Case
+from homkv.eval.record import EXACT, MODEL_BF16, Case
 
 QUARTERS = 4
 
@@ -45,14 +45,21 @@ class Found:
     def __str__(self) -> str:
         return f"{self.found}/{self.total}" if self.total else "–"
 
+    @property
+    def share(self) -> Estimate | None:
+        """Of the prompts, with its interval; None without prompts."""
+        return share(self.found, self.total) if self.total else None
+
 
 @dataclass(frozen=True)
 class Summary:
     """One format on one model.
 
-    ``kl``: nats per token over texts; ``drift``: KL in the quarters of the scored tokens, first to last;
-    ``head_error``: mean relative error of attention ``[L][H]``; ``diverges``: greedy tokens before the first that
-    differs from the exact model's, over ``num_greedy`` texts; ``similarity``: edit similarity of completed code;
+    ``kl``: nats per token over texts; ``perplexity_ratio``: to the exact model's on the same texts; ``drift``: KL in
+    the quarters of the scored tokens, first to last; ``drift_change``: last less first; ``passkey_by_length``: by
+    tokens of the prompt; ``head_error``: mean relative error of attention ``[L][H]``; ``diverges``: greedy tokens
+    before the first that differs from the exact model's, over ``num_greedy`` texts; ``longer_than_bf16``: by how many
+    more of them than the whole model in bfloat16 on the same texts; ``similarity``: edit similarity of completed code;
     ``passed``: tests passed, of those that were run.
     """
 
@@ -61,12 +68,16 @@ class Summary:
     num_tokens: int
     kl: Estimate | None
     perplexity: float | None
+    perplexity_ratio: Estimate | None
     top1: Estimate | None
     drift: tuple[float, ...]
+    drift_change: Estimate | None
     passkey: Found
+    passkey_by_length: Mapping[int, Found]
     copy: Found
     diverges: Estimate | None
     num_greedy: int
+    longer_than_bf16: Estimate | None
     similarity: Estimate | None
     passed: Found
     head_error: list[list[float]]
@@ -84,12 +95,17 @@ def ones(flags: str) -> list[int]:
 
 def summarize(cases: Sequence[Case]) -> list[Summary]:
     """One summary per format, in the order of appearance. Cases that failed are left out."""
-    cases = [c for c in cases if not c.error]
-    return [_summary(name, [c for c in cases if c.format == name]) for name in dict.fromkeys(c.format for c in cases)]
+    by_format: dict[str, list[Case]] = {}
+    for case in cases:
+        if not case.error:
+            by_format.setdefault(case.format, []).append(case)
+    exact, bf16 = by_format.get(EXACT, []), by_format.get(MODEL_BF16, [])
+    return [_summary(name, found, exact, bf16) for name, found in by_format.items()]
 
 
-def _summary(name: str, cases: Sequence[Case]) -> Summary:
+def _summary(name: str, cases: Sequence[Case], exact: Sequence[Case], bf16: Sequence[Case]) -> Summary:
     texts = [c for c in cases if c.task == "text"]
+    keys = [c for c in cases if c.task == "passkey"]
     greedy = [c for c in cases if c.task == "greedy"]
     code = [c for c in cases if c.similarity is not None]
     weights = [float(len(c.kl)) for c in texts]
@@ -100,16 +116,44 @@ def _summary(name: str, cases: Sequence[Case]) -> Summary:
         num_tokens=sum(len(c.kl) for c in texts),
         kl=estimate([mean(c.kl) for c in texts], weights) if texts else None,
         perplexity=math.exp(mean([x for c in texts for x in c.nll])) if texts else None,
+        perplexity_ratio=_exponential(_paired(_loss_of(texts), _loss_of(exact))),
         top1=estimate([mean(ones(c.top1)) for c in texts], weights) if texts else None,
         drift=_drift(texts),
-        passkey=_found([c for c in cases if c.task == "passkey"]),
+        drift_change=estimate([d[-1] - d[0] for c in texts if (d := _drift([c]))]) if _drift(texts) else None,
+        passkey=_found(keys),
+        passkey_by_length={n + 1: _found([c for c in keys if c.prefix == n]) for n in sorted({c.prefix for c in keys})},
         copy=_found([c for c in cases if c.task == "copy"]),
-        diverges=estimate([float(first_miss(ones(c.hit))) for c in greedy]) if greedy else None,
+        diverges=estimate([*_equal_tokens(greedy).values()]) if greedy else None,
         num_greedy=len(greedy),
+        longer_than_bf16=_paired(_equal_tokens(greedy), _equal_tokens(bf16)) if name != MODEL_BF16 else None,
         similarity=estimate([c.similarity or 0.0 for c in code]) if code else None,
         passed=Found(sum(bool(c.passed) for c in ran), len(ran), mean([bool(c.passed) for c in ran]) if ran else 0.0),
         head_error=_head_error(texts),
     )
+
+
+def _loss_of(cases: Sequence[Case]) -> dict[str, float]:
+    """Mean negative log-likelihood of every text."""
+    return {c.item: mean(c.nll) for c in cases if c.task == "text"}
+
+
+def _equal_tokens(cases: Sequence[Case]) -> dict[str, float]:
+    """Tokens before the first that differs from the exact model's, of every greedy continuation."""
+    return {c.item: float(first_miss(ones(c.hit))) for c in cases if c.task == "greedy"}
+
+
+def _paired(values: Mapping[str, float], others: Mapping[str, float]) -> Estimate | None:
+    """Mean difference over the items that both have; None if there are none."""
+    shared = sorted(values.keys() & others.keys())
+    return difference([values[i] for i in shared], [others[i] for i in shared]) if shared else None
+
+
+def _exponential(found: Estimate | None) -> Estimate | None:
+    """A difference of logarithms as a ratio."""
+    if found is None:
+        return None
+    low, high = (None if x is None else math.exp(x) for x in (found.low, found.high))
+    return Estimate(math.exp(found.mean), low, high)
 
 
 def _found(cases: Sequence[Case]) -> Found:

@@ -98,6 +98,18 @@ def test_without_a_16_bit_peer_there_is_no_ratio() -> None:
     assert row["best_fp16"] is None
 
 
+def test_a_plan_takes_the_mean_of_its_layers() -> None:
+    times = {"fp16": [100.0, 120.0], "homkv a": [20.0, 24.0], "homkv b": [50.0, 60.0]}
+    rows = gpu_stats.decode_rows(CASE.fields, times, {"fp16": 9e8, "homkv a": 1e8, "homkv b": 3e8})
+    plans = {"homkv plan": ("homkv a", "homkv b", "homkv b"), "homkv other": ("homkv a", "homkv c")}
+    (row,) = gpu_stats.plan_rows(rows, plans)  # c was not measured
+    assert (row["candidate"], row["layers"], row["batch"]) == ("homkv plan", 3, CASE.batch)
+    assert row["us"] == pytest.approx((22 + 55 + 55) / 3)
+    assert row["bytes"] == pytest.approx(7e8 / 3)
+    assert row["ratio_to_fp16"] == row["ratios"]["fp16"] == pytest.approx(100 / ((20 + 50 + 50) / 3))
+    assert set(row["ratios"]) == {"fp16"}  # of no layer to itself
+
+
 # -- what is measured --------------------------------------------------------------------------------------------
 
 

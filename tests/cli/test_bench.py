@@ -10,6 +10,7 @@ from homkv.bench import cpu, gpu
 from homkv.bench.cpu import LARGE_MODEL
 from homkv.bench.gpu_candidates import Case
 from homkv.cli import app, bench
+from homkv.plan import LayerPlan
 from homkv.spec import DEFAULT_FORMAT
 
 
@@ -47,6 +48,19 @@ def test_the_gpu_benchmark_gets_its_options(received: dict[str, Any], monkeypatc
     invoke("--quick", "--no-pack")
     assert received["gpu"].cases == gpu.make_options(quick=True).cases
     assert received["gpu"].rates is False
+
+
+def test_the_layers_of_a_plan_are_measured_once(
+    received: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "choose_device", lambda device: "cuda")
+    layers = ("k4420v2222w192", "k2200v2222w192", "k4420v2222w192")
+    LayerPlan("0" * 32, layers, "mine").save(tmp_path / "plan.json")
+    invoke("--kv-cache-dtype", "small", "--kv-cache-dtype", str(tmp_path / "plan.json"), "--no-peers")
+    options = received["gpu"]
+    assert options.formats == ("small", "k4420v2222w192", "k2200v2222w192")
+    assert options.plans == {"homkv plan mine": layers}
+    assert options.full == frozenset()
 
 
 def test_auto_takes_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from homkv import cli
-from homkv.bootstrap import difference, estimate, resolved
+from homkv.bootstrap import Estimate, difference, estimate, resolved, share
 from homkv.errors import FormatError, ShapeError, UnsupportedError
 from homkv.eval.code import Problem
 from homkv.eval.encoding import HostEncodedRows, encoded_on_host
@@ -27,7 +27,7 @@ from homkv.eval.gate import Gate, Threshold, check, load_gate
 from homkv.eval.items import Item, Options, make_items
 from homkv.eval.jsonl import append_jsonl
 from homkv.eval.metrics import edit_similarity, first_miss, kl_divergence, token_scores
-from homkv.eval.record import CALIBRATION, Case, Size, Speed, read_records, rounded
+from homkv.eval.record import CALIBRATION, MODEL_BF16, Case, Size, Speed, read_records, rounded
 from homkv.eval.report import make_report, markdown, notes
 from homkv.eval.run import Conditions, measure_cases
 from homkv.eval.sizes import measure_size, measure_sizes, measure_speed
@@ -91,6 +91,10 @@ def test_intervals_cover_the_mean() -> None:
     assert resolved(difference([1.0, 2.0, 3.0, 4.0], [0.5, 1.4, 2.5, 3.4]))
     with pytest.raises(ShapeError, match="same texts"):
         difference([1.0], [1.0, 2.0])
+    assert [round(x or 0, 3) for x in vars(share(8, 8)).values()] == [1, 0.676, 1]  # Wilson 1927
+    assert [round(x or 0, 3) for x in vars(share(1, 10)).values()] == [0.1, 0.018, 0.404]
+    with pytest.raises(ShapeError, match="one prompt"):
+        share(0, 0)
 
 
 # -- formats on texts -------------------------------------------------------------------------------------------------
@@ -153,6 +157,8 @@ def test_sizes_and_speed(loaded: LoadedModel) -> None:
     assert speed.microseconds > 0
     assert speed.peer.startswith("torch matmul")
     assert min(speed.ratios) > 0
+    assert speed.layers == 2  # each with its own KV, as in a decode step
+    assert measure_speed(loaded, "balanced", 300, "reference").layers == 1
 
 
 # -- runs, reports, gates ---------------------------------------------------------------------------------------------
@@ -178,7 +184,7 @@ def test_a_run_resumes_and_reports(loaded: LoadedModel, tmp_path: Path) -> None:
     assert small.num_tokens == 3 * 39
     assert len(small.drift) == 4
     page = markdown(report, "homkv eval", ["a.png"])
-    assert page.count("\n| small |") == 2  # the main table and drift
+    assert page.count("\n| small |") == 3  # the main table, intervals and drift
     assert "![a.png](a.png)" in page
     json.dumps(report.as_json())
 
@@ -261,6 +267,9 @@ def case(name: str, item: str, kl: list[float], task: str = "text", hit: str = "
     return Case(f"{name}{item}", "m", name, task, item, "exact", 9, kl, [1.0] * len(kl), "1" * len(kl), hit)
 
 
+HITS = {MODEL_BF16: "110", "a": "100", "same": "110"}  # of greedy continuations
+
+
 def test_lengths_and_prefills_are_not_mixed() -> None:
     plan = LayerPlan("0" * 32, ("small", "balanced"))
     texts = [case("a", f"{i}", [0.1] * 4) for i in range(3)]
@@ -269,6 +278,8 @@ def test_lengths_and_prefills_are_not_mixed() -> None:
     report = make_report([*longer, *texts, *stored, case("a", "c", [7.0] * 4, CALIBRATION)])
     assert str(report.main) == "9 + 4"
     (row,) = report.summaries
+    twice = [case("k4420v2222", "0", [0.1] * 4), case("balanced", "1", [0.1] * 4)]  # one format by two names
+    assert [s.format for s in make_report(twice).summaries] == ["balanced"]
     assert row.kl is not None
     assert row.kl.mean == pytest.approx(0.1)
     assert {str(s): list(rows) for s, rows in report.others.items()} == {
@@ -294,7 +305,28 @@ def test_summaries_count_and_say_what_is_not_resolved() -> None:
     assert a.kl is not None
     assert a.kl.mean == pytest.approx(0.115)
     assert a.perplexity == pytest.approx(math.e)
+    assert a.perplexity_ratio is None  # nothing to compare with
     assert unresolved(texts) == [("a", "b")]
+
+
+def test_intervals_of_the_rest_are_paired_with_the_model_itself() -> None:
+    loss = msgspec.structs.replace(case("a", "0", [0.1, 0.1, 0.1, 0.5]), nll=[2.0] * 4)
+    greedy = [case(name, f"g{i}", [0.0] * 3, "greedy", hit) for name, hit in HITS.items() for i in range(3)]
+    keys = [msgspec.structs.replace(case("a", f"k{i}", [], "passkey"), prefix=n) for i, n in enumerate((99, 99, 199))]
+    report = make_report([case("exact", "0", [0.0] * 4), loss, *greedy, *keys])
+    rows = {row.format: row for row in report.summaries}
+    assert rows["a"].perplexity_ratio == Estimate(pytest.approx(math.e), None, None)
+    assert rows["a"].drift_change == Estimate(pytest.approx(0.4), None, None)
+    assert rows["a"].longer_than_bf16 == Estimate(-1, -1, -1)
+    assert rows["same"].longer_than_bf16 == Estimate(0, 0, 0)
+    assert {n: str(found) for n, found in rows["a"].passkey_by_length.items()} == {100: "2/2", 200: "1/1"}
+    assert [note for note in notes(report) if "bfloat16" in note] == [
+        "not resolved: whether same follows the exact model longer or shorter than bfloat16 does"
+    ]
+    page = markdown(report, "homkv eval", [])
+    assert "| a | 2/2 | 1/1 |" in page
+    assert "| a | 2.7183 | 1.000 | 0.4000 | 1.00 [0.44, 1.00] | – |" in page
+    assert report.as_json()["speeds"] == {}
 
 
 def test_gates_keep_and_fail(tmp_path: Path) -> None:
