@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     ("launches", "which"),
     [
-        ("test_blocks.py", ""),
+        ("test_exact_blocks.py", ""),
         ("test_decode.py", "every_format or every_head_dim or number_of_rows or query_dtypes"),
         ("test_encode.py", "every_format or threads or blocks"),
         ("test_hack_encode.py", "every or dtypes"),
