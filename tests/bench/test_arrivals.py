@@ -59,7 +59,7 @@ def test_a_trace_of_lengths_needs_a_rate(tmp_path: Path) -> None:
     [
         ("", "empty"),
         ('{"timestamp": 0, "input_length": 5}\n', "line 1: .*output_length"),
-        (MOONCAKE + '{"timestamp": 0, "input_length": 5, "output_length": 5}\n', "request 5: .*ascending"),
+        (MOONCAKE + '{"timestamp": 0, "input_length": 5, "output_length": 5}\n', "line 5: .*ascending"),
         (MOONCAKE + '{"timestamp": 1, "input_length": -5, "output_length": 5}\n', "line 5: .*input_length"),
         ("a,b\n1,2\n", "line 2: .*columns"),
     ],

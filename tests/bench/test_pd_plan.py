@@ -60,7 +60,7 @@ def test_plans_that_come_along_can_be_read_and_estimated(plan: Path) -> None:
     """Each leg names what a run knows; neither GPUs nor NIXL need be here for that."""
     devices = ("cuda:0",), (("cuda:0",) if "one-gpu" in plan.stem else ("cuda:1",))
     rows = list(estimates(read_plan(plan, PdOptions(*devices, Path("unused"))), "h100"))
-    assert len({row.run_id for row in rows}) == len(rows) > 10
+    assert len({row.run_id for row in rows}) == len(rows) >= 10
     assert all(1.0 < row.jct_s < row.seconds < 120.0 for row in rows)
 
 
