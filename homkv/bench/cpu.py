@@ -6,7 +6,6 @@ time slices. Peers get their keys and values for free: no unpacking, contiguous 
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from homkv.attention import cpu
 from homkv.attention.view import LayerView
-from homkv.bench.rows import append_rows
+from homkv.bench.rows import append_rows, command_line
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import MIN_WINDOW, NUM_SINKS, PAGE_TOKENS, RowsSpec
@@ -255,7 +254,7 @@ def machine(options: CpuBenchOptions) -> dict[str, Any]:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": 1,
         "clock": "cpu time of the calling thread",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "options": {key: str(value) for key, value in asdict(options).items()},
         "unix_time": int(time.time()),
     }

@@ -9,7 +9,6 @@ import gc
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from homkv.attention import api
-from homkv.bench.rows import append_rows
+from homkv.bench.rows import append_rows, command_line
 from homkv.bench.static_kv import StaticKV
 from homkv.errors import CapacityError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
@@ -327,7 +326,7 @@ def base_row(kind: str, name: str, options: GenerateBenchOptions) -> Row:
         "format": name,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "options": {key: str(value) for key, value in asdict(options).items()},
         "unix_time": int(time.time()),
     }

@@ -7,10 +7,8 @@ Every candidate is compared with float64 attention on what it stores before it i
 """
 
 import importlib.metadata
-import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +34,7 @@ from homkv.bench.gpu_candidates import (
 from homkv.bench.gpu_clock import Replay, measure
 from homkv.bench.gpu_report import print_report
 from homkv.bench.gpu_stats import add_floors, decode_rows, fit_rows, plan_rows, tera_per_second
-from homkv.bench.rows import append_rows
+from homkv.bench.rows import append_rows, command_line
 from homkv.errors import UnsupportedError
 
 STREAM_BYTES = (2**30, 2**32)
@@ -279,7 +277,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cudnn": cudnn,
             "python": platform.python_version(),
         },
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": command_line(),
         "unix_time": int(time.time()),
     }
 

@@ -2,9 +2,7 @@
 
 import logging
 import os
-import shlex
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -62,6 +60,7 @@ def inject(plan: "Plan", record: Path, console: Console) -> "list[Outcome]":
     from transformers.utils.logging import disable_progress_bar
 
     from homkv.bench.jct.run import machine
+    from homkv.bench.rows import command_line
     from homkv.eval.chaos.cases import make_cases
     from homkv.eval.chaos.record import Start, read_outcomes
     from homkv.eval.chaos.report import summarize
@@ -77,8 +76,7 @@ def inject(plan: "Plan", record: Path, console: Console) -> "list[Outcome]":
     outcomes = read_outcomes(record, plan)
     known = {outcome.number for outcome in outcomes}
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
-    command = shlex.join(["homkv", *sys.argv[1:]])
-    append_jsonl(record, Start(plan, command, machine(), load, int(time.time())))
+    append_jsonl(record, Start(plan, command_line(), machine(), load, int(time.time())))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run as Ctrl-C does
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:

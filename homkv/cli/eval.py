@@ -1,7 +1,5 @@
 """``homkv eval``: what formats do to a model, beside their bytes and their speed; and the gate that keeps it so."""
 
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,13 +123,14 @@ def _run_record(loaded: "LoadedModel") -> "Record":
     import torch
     import transformers
 
+    from homkv.bench.rows import command_line
     from homkv.eval.record import Run
     from homkv.eval.sizes import machine
 
     return Run(
         model=loaded.name,
         fingerprint=loaded.fingerprint,
-        command=shlex.join(["homkv", *sys.argv[1:]]),
+        command=command_line(),
         machine=machine(loaded),
         dtype=str(loaded.model.dtype),
         device=str(loaded.model.device),

@@ -73,12 +73,9 @@ def progress(total: int | None, title: str) -> Iterator[Callable[[str], None]]:
 
 def write_lines(path: Path | None, rows: Iterable[dict[str, Any]]) -> None:
     """JSON Lines, each with the command that made it."""
-    if path is None:
-        return
     from homkv.bench.rows import append_rows, command_line
 
-    path.unlink(missing_ok=True)
-    append_rows(({**row, "command": command_line()} for row in rows), path)
+    append_rows(({**row, "command": command_line()} for row in rows), path, mode="w")
 
 
 def _count(advance: Callable[[str], None], name: str, every: int, done: int) -> None:
