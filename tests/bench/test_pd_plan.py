@@ -1,5 +1,6 @@
 """Plans of `homkv bench pd`, and the capacity that loads are shares of."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -9,9 +10,9 @@ from homkv.bench.generate import MODELS
 from homkv.bench.pd.capacity import capacity_rps
 from homkv.bench.pd.estimate import estimates
 from homkv.bench.pd.forms import make_form
-from homkv.bench.pd.messages import Cell
 from homkv.bench.pd.options import PdOptions
 from homkv.bench.pd.plan import read_plan
+from homkv.bench.pd.points import Point, cell_of, walk
 from homkv.bench.pd.workload import Lengths
 from homkv.errors import HomkvError, ShapeError, UnsupportedError
 from homkv.sim.record import StepSample, read_record
@@ -49,10 +50,41 @@ def test_the_slowest_stage_sets_the_rate(link: str, shared: bool, expected: floa
         StepSample(run_id="", stage="decode", batch=4, tokens=100, seconds=0.01),
         StepSample(run_id="", stage="prefill", batch=1, tokens=100, seconds=9.0, beside=True),
     ]
-    lengths, form = Lengths((100, 100), (101, 101)), make_form(MODELS["tiny"], "bf16")
-    cell = Cell("bf16", link, True, "exact", 4, (100, 100), 201)
-    expected = expected or 1e6 / (8 * 2 * form.payload_bytes(100))
-    assert capacity_rps(steps, lengths, cell, form, (1, 1), shared) == pytest.approx(expected)
+    leg = replace(
+        BASE, prefill_devices=("cuda:0",), decode_devices=("cuda:0" if shared else "cuda:1",), slots=4,
+        lengths={"tiny": Lengths((100, 100), (101, 101))},
+    )  # fmt: skip
+    base = Point("tiny", cell_of(leg, "tiny", "bf16", link, True), 0.0, [], 0.0)
+    expected = expected or 1e6 / (8 * 2 * make_form(MODELS["tiny"], "bf16").payload_bytes(100))
+    assert capacity_rps(leg, base, steps) == pytest.approx(expected)
+
+
+def two_legs(plan: Path, first: str, second: str) -> list[PdOptions]:
+    common = '[[leg]]\nformats = ["bf16"]\nlinks = ["10"]\n'
+    plan.write_text(f"{common}{first}\n{common}{second}\n")
+    return read_plan(plan, BASE)
+
+
+def test_legs_that_differ_without_saying_so_are_refused(tmp_path: Path) -> None:
+    """Cells have names; of two cells of one name the second would never be measured."""
+    for change in ("slots = 2", "requests = 3"):
+        with pytest.raises(ShapeError, match=r"found tiny/10/bf16/overlap/0\.5/0 with other slots or requests"):
+            two_legs(tmp_path / "plan.toml", "", change)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("rate_rps = 2.0", "rate_rps = 3.0"),
+        ("rate_rps = 2.0", 'rate_rps = 2.0\nprefill = "int8"'),
+        ("rate_rps = 2.0", "rate_rps = 2.0\nkv_budget_gib = 1.0"),
+        ("loads = [0.8]", "loads = [1.0]"),
+    ],
+)
+def test_cells_that_differ_have_names_of_their_own(tmp_path: Path, first: str, second: str) -> None:
+    legs = two_legs(tmp_path / "plan.toml", first, second)
+    names = [point.run_id for _, point in walk(legs, lambda leg, base: 1.0, ())]
+    assert len(set(names)) == len(names) == 2
 
 
 @pytest.mark.parametrize("plan", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)

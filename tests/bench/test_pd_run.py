@@ -85,9 +85,9 @@ def test_a_cell_that_fails_is_left_out_and_the_next_one_runs(tmp_path: Path) -> 
     )  # fmt: skip
     bench = PdBench(options, Console(quiet=True))
     runs = bench.run()
-    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/0.0/0.000233GiB/0"]
+    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/50rps/0.000233GiB/0"]
     (left_out,) = read_left_out(options.record)
-    assert left_out.run_id == "tiny/1/bf16/overlap/0.0/0.000233GiB/0"
+    assert left_out.run_id == "tiny/1/bf16/overlap/50rps/0.000233GiB/0"
     assert "CapacityError" in left_out.reason
     assert bench.skipped == [f"{left_out.run_id}: {left_out.reason}"]
     assert (runs[0].info.peak_kv_bytes or 0) <= 250_000
@@ -102,10 +102,10 @@ def test_a_link_that_does_not_open_costs_its_own_cells(tmp_path: Path, monkeypat
         links=("nixl", "1"), rate_rps=50.0, requests=2, slots=2, budget_s=600,
     )  # fmt: skip
     runs = PdBench(options, Console(quiet=True)).run()
-    assert [run.info.run_id for run in runs] == [f"tiny/1/{name}/overlap/0.0/0" for name in ("fp8", "small")]
+    assert [run.info.run_id for run in runs] == [f"tiny/1/{name}/overlap/50rps/0" for name in ("fp8", "small")]
     first, second = read_left_out(options.record)
     assert "No module named 'nixl'" in first.reason
-    assert second.run_id == "tiny/nixl/small/overlap/0.0/0"
+    assert second.run_id == "tiny/nixl/small/overlap/50rps/0"
     assert second.reason.startswith("the link nixl did not open")
 
 

@@ -7,11 +7,10 @@ from statistics import fmean
 from rich import box
 from rich.table import Table
 
-from homkv.bench.generate import MODELS
 from homkv.bench.pd.capacity import capacity_rps
-from homkv.bench.pd.forms import make_form
-from homkv.bench.pd.options import BASE, PdOptions
-from homkv.bench.pd.points import Point, base_point, budget_bytes, points_at
+from homkv.bench.pd.options import PdOptions
+from homkv.bench.pd.points import Point, budget_bytes, walk
+from homkv.bench.pd.probe import sample
 from homkv.sim.costs import Costs
 from homkv.sim.engine import System, simulate
 from homkv.sim.formats import make_format
@@ -38,15 +37,10 @@ def estimates(legs: Sequence[PdOptions], gpu: str) -> Iterator[Estimate]:
     """All cells of a run in their order. Raises UnsupportedError for a GPU or model without tables."""
     done: set[str] = set()
     prepared: set[object] = set()
-    for leg in legs:
-        for workload in leg.workloads:
-            for link in leg.links:
-                for load, rate_rps in rates_of(leg, workload, link, gpu):
-                    for point in points_at(leg, workload, link, load, rate_rps):
-                        if point.run_id not in done:
-                            yield estimate(leg, point, costs_of(leg, point.cell.format, gpu), point.key in prepared)
-                        done.add(point.run_id)
-                        prepared.add(point.key)
+    for leg, point in walk(legs, lambda leg, base: capacity_rps(leg, base, steps_of(leg, base, gpu)), done):
+        yield estimate(leg, point, costs_of(leg, point.cell.format, gpu), point.key in prepared)
+        done.add(point.run_id)
+        prepared.add(point.key)
 
 
 def costs_of(leg: PdOptions, name: str, gpu: str) -> Costs:
@@ -55,21 +49,17 @@ def costs_of(leg: PdOptions, name: str, gpu: str) -> Costs:
     return RooflineCosts(shape, make_format(name, shape.head_dim), machine, machine)
 
 
-def rates_of(leg: PdOptions, workload: str, link: str, gpu: str) -> list[tuple[float, float]]:
-    """Loads and requests per second, as a run finds them, with the tables' steps instead of timed ones."""
-    if leg.rate_rps is not None:
-        return [(0.0, leg.rate_rps)]
-    cell, lengths, costs = base_point(leg, workload, link).cell, leg.lengths[workload], costs_of(leg, BASE, gpu)
-    steps = []
-    for tokens in lengths.prompt:
-        step_s = costs.step_s(cell.slots) + costs.per_token_s * cell.slots * tokens
-        steps.append(StepSample(run_id="", stage="decode", batch=cell.slots, tokens=tokens, seconds=step_s))
-        prefill_s = costs.prefill_s(tokens, 0)
-        steps.append(StepSample(run_id="", stage="prefill", batch=1, tokens=tokens, seconds=prefill_s))
-    workers = (len(leg.prefill_devices), len(leg.decode_devices))
-    form = make_form(MODELS[leg.model], BASE)
-    capacity = capacity_rps(steps, lengths, cell, form, workers, leg.shares_a_gpu)
-    return [(load, load * capacity) for load in leg.loads]
+def steps_of(leg: PdOptions, base: Point, gpu: str) -> list[StepSample]:
+    """The tables' steps instead of timed ones: prompts of both lengths, and what decodes behind them."""
+    costs, slots = costs_of(leg, base.cell.format, gpu), base.cell.slots
+    out = []
+    for tokens in base.cell.prompts:
+        step_s = costs.step_s(slots) + costs.per_token_s * slots * tokens
+        out += [
+            sample("prefill", tokens, costs.prefill_s(tokens, 0)),
+            sample("decode", tokens, step_s, batch=slots),
+        ]
+    return out
 
 
 def estimate(leg: PdOptions, point: Point, costs: Costs, is_prepared: bool) -> Estimate:
@@ -81,7 +71,6 @@ def estimate(leg: PdOptions, point: Point, costs: Costs, is_prepared: bool) -> E
         num_prefill=len(leg.prefill_devices),
         num_decode=len(leg.decode_devices),
         egress_gbps=cell.link_gbps,
-        ingress_gbps=cell.link_gbps,
         overlap=cell.overlap,
         reserves_early=True,
         capacity_bytes=budget_bytes(cell, leg.model),

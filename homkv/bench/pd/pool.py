@@ -139,10 +139,12 @@ class Pool:
         return Path(self._folder.name) / f"worker{rank}.log"
 
     def log(self, rank: int) -> str:
-        """The last lines that a worker wrote to standard error."""
-        if not self._log(rank).exists():
+        """The last lines that a worker wrote to standard error; nothing once the pool is closed."""
+        try:
+            text = self._log(rank).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
             return ""
-        return "\n".join(self._log(rank).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        return "\n".join(text.splitlines()[-LOG_LINES:])
 
     def send(self, ranks: Sequence[int], message: Any) -> None:
         """Give an order to workers. Raises CellError if one is gone."""
