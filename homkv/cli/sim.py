@@ -171,7 +171,8 @@ def whatif(
         found = options(base, work, prices, names, utilisation, advance)
     title = f"{model}, {base.prefill_gpu} to {base.decode_gpu}: {describe(work)}"
     print_advice(Console(), found, advise(found, min_gain), title)
-    points = list(sweeps(base, work, prices, names)) if sweep or plots is not None else []
+    first = found.found[0]  # 16 bits by default, unless they cannot serve this
+    points = list(sweeps(base, work, prices, names, first, utilisation)) if sweep or plots is not None else []
     write_lines(json_file, [*(row.to_dict() for row in found.found), *(point.to_dict() for point in points)])
     if plots is not None:
         print_paths(plot_sweeps(points, title, plots))
