@@ -100,21 +100,31 @@ def show(options: "PdOptions", console: Console, legs: "Sequence[PdOptions]" = (
 
 def show_estimates(legs: "Sequence[PdOptions]", gpu: str, console: Console) -> None:
     """Print what a run should take, and what it should find."""
+    from homkv.bench.jct.report import rates_table
+    from homkv.bench.jct.summary import rates_at_p99
     from homkv.bench.pd.estimate import estimates, estimates_table
 
-    console.print(estimates_table(list(estimates(legs, gpu))))
+    rows = list(estimates(legs, gpu))
+    console.print(estimates_table(rows))
+    target = target_load(legs[0])
+    if rates := rates_at_p99([row.tail for row in rows], target):
+        console.print(rates_table(rates, f"that of bf16 at load {target}"))
+
+
+def target_load(leg: "PdOptions") -> str:
+    """Whose P99 others are held to: 80 %, or the first load where that is not measured."""
+    return "0.8" if 0.8 in leg.loads else f"{leg.loads[0]:g}"
 
 
 def print_bench(bench: "PdBench", console: Console) -> None:
     """Tables of a bench's record, what was left out, plots."""
     from homkv.bench.jct.report import print_report, rates_table
-    from homkv.bench.jct.summary import measured, rates_at_p99
+    from homkv.bench.jct.summary import measured, rates_at_p99, tails
 
     options, summaries = bench.options, measured(bench.recorded())
     print_report(summaries, console)
-    target = "0.8" if 0.8 in options.loads else f"{options.loads[0]:g}"
-    rates = rates_at_p99(summaries, target)
-    if rates:
+    target = target_load(bench.legs[0])
+    if rates := rates_at_p99(tails(summaries), target):
         console.print(rates_table(rates, f"that of bf16 at load {target}"))
     for line in bench.skipped:
         console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)

@@ -92,7 +92,7 @@ def test_plans_that_come_along_can_be_read_and_estimated(plan: Path) -> None:
     """Each leg names what a run knows; neither GPUs nor NIXL need be here for that."""
     devices = ("cuda:0",), (("cuda:0",) if "one-gpu" in plan.stem else ("cuda:1",))
     rows = list(estimates(read_plan(plan, PdOptions(*devices, Path("unused"))), "h100"))
-    assert len({row.run_id for row in rows}) == len(rows) >= 10
+    assert len({row.point.run_id for row in rows}) == len(rows) >= 10
     assert all(1.0 < row.jct_s < row.seconds < 120.0 for row in rows)
 
 
@@ -102,9 +102,9 @@ def test_estimates_are_near_what_was_measured() -> None:
     legs = read_plan(PLANS / "pd-two-gpus.toml", PdOptions(("cuda:0",), ("cuda:1",), Path("unused")))
     checked = 0
     for row in estimates(legs, "h100"):
-        run = record.get(row.run_id.rpartition("/")[0])  # turns were not told apart then
+        run = record.get(row.point.run_id.rpartition("/")[0])  # turns were not told apart then
         if run is not None:
-            assert row.rate_rps == pytest.approx(float(run.info.options["rate_rps"]), rel=0.2)
+            assert row.point.rate_rps == pytest.approx(float(run.info.options["rate_rps"]), rel=0.2)
             assert row.jct_s == pytest.approx(fmean(r.jct_s for r in run.requests), rel=0.2)
             checked += 1
     assert checked >= 20

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from rich import box
 from rich.table import Table
 
+from homkv.bench.jct.summary import Tail
 from homkv.bench.pd.capacity import capacity_rps
 from homkv.bench.pd.options import PdOptions
 from homkv.bench.pd.points import Point, budget_bytes, walk
@@ -17,6 +17,7 @@ from homkv.sim.formats import make_format
 from homkv.sim.hardware import find_gpu, find_model
 from homkv.sim.record import StepSample
 from homkv.sim.roofline import RooflineCosts
+from homkv.sim.summary import summarize
 
 SHARED = (1.6, 2.1)  # prompts, steps: times longer beside the other on one H100 (benchmarks/results/pd-h100x1.jsonl)
 PREPARE_S = 2.0  # slots, graphs, steps of decoding, for each format and workload
@@ -25,12 +26,18 @@ SETTLE_S = 0.5  # between the last token of a cell and the first arrival of the 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One cell: its rate, its mean job completion time, its seconds on the machine."""
+    """One cell: its mean and its longest job completion times, its seconds on the machine."""
 
-    run_id: str
-    rate_rps: float
+    point: Point
     jct_s: float
+    p99_s: float
     seconds: float
+
+    @property
+    def tail(self) -> Tail:
+        """To compare rates at equal P99."""
+        point = self.point
+        return Tail(point.place, point.name, f"{point.load:g}", point.rate_rps, self.p99_s)
 
 
 def estimates(legs: Sequence[PdOptions], gpu: str) -> Iterator[Estimate]:
@@ -81,18 +88,19 @@ def estimate(leg: PdOptions, point: Point, costs: Costs, is_prepared: bool) -> E
     outcome = simulate(system, point.requests)
     prompts = 3 * len(set(cell.prompts))
     prepare_s = 0.0 if is_prepared else PREPARE_S + prompts * costs.prefill_s(cell.prompts[1], 0)
-    jct_s = fmean(outcome.tally.column("jct_s").tolist())
-    return Estimate(point.run_id, point.rate_rps, jct_s, outcome.end_s + prepare_s + SETTLE_S)
+    found = summarize(outcome)
+    return Estimate(point, found.jct_s, found.jct_p99_s, outcome.end_s + prepare_s + SETTLE_S)
 
 
 def estimates_table(rows: Sequence[Estimate]) -> Table:
     """Cells with the seconds so far."""
     table = Table(title="Expected, by simulation", box=box.SIMPLE_HEAD)
     table.add_column("cell", no_wrap=True)
-    for heading in ("req/s", "JCT s", "cell s", "so far s"):
+    for heading in ("req/s", "JCT s", "P99 s", "cell s", "so far s"):
         table.add_column(heading, justify="right", no_wrap=True)
     total_s = 0.0
     for row in rows:
         total_s += row.seconds
-        table.add_row(row.run_id, f"{row.rate_rps:.2f}", f"{row.jct_s:.2f}", f"{row.seconds:.0f}", f"{total_s:.0f}")
+        numbers = (row.point.rate_rps, row.jct_s, row.p99_s)
+        table.add_row(row.point.run_id, *(f"{x:.2f}" for x in numbers), f"{row.seconds:.0f}", f"{total_s:.0f}")
     return table

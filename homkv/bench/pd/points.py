@@ -30,10 +30,19 @@ class Point:
     @property
     def case(self) -> str:
         """What is the same for all formats that are compared."""
+        return f"{self.place}, {self.rate_rps:.2f} req/s" + (f" (load {self.load:g})" if self.load else "")
+
+    @property
+    def place(self) -> str:
+        """The same for all rates: workload, memory and link."""
         link = LINK_NAMES.get(self.cell.link, f"{self.cell.link} Gb/s")
-        at = f"{self.rate_rps:.2f} req/s" + (f" (load {self.load:g})" if self.load else "")
         budget = f", {self.cell.kv_budget_bytes / GIB:.3g} GiB of KV" if self.cell.kv_budget_bytes else ""
-        return f"{self.workload}{budget}, {link}, {at}"
+        return f"{self.workload}{budget}, {link}"
+
+    @property
+    def name(self) -> str:
+        """The format, and what else sets it apart in the same case."""
+        return f"{self.cell.format} {self.variant}".strip()
 
     @property
     def variant(self) -> str:
