@@ -28,7 +28,7 @@ def pd(
     model: Annotated[str, typer.Option(help="Shape (llama-3.1-8b, tiny); weights are random.")] = "llama-3.1-8b",
     workloads: Annotated[Names, typer.Option("--workload", help="short 4-6K, long 12-16K, 64k, tiny; repeat.")] = None,
     formats: Annotated[Names, typer.Option("--kv-cache-dtype", help="Format, bf16 or fp8; repeat.")] = None,
-    links: Annotated[Names, typer.Option("--link", help="Gb/s of a shaped TCP link, tcp, or direct; repeat.")] = None,
+    links: Annotated[Names, typer.Option("--link", help="Gb/s of shaped TCP, tcp, direct or nixl; repeat.")] = None,
     loads: Annotated[list[float] | None, typer.Option("--load", help="Share of bf16's capacity; repeat.")] = None,
     rate_rps: Annotated[float | None, typer.Option("--rate", help="Arrivals per second, instead of --load.")] = None,
     overlap: Annotated[str, typer.Option(help="Layers leave while the next compute: on, off or both.")] = "on",
