@@ -197,7 +197,7 @@ def validate(
     if (gpu is None) != (model is None):
         raise UnsupportedError("expected --gpu together with --model, found one of them; give both or none")
     costs_of = fit if gpu is None or model is None else tables(gpu, model)
-    rows = [row for record in records for row in compare(record, costs_of, max_load)]
+    rows = compare(records, costs_of, max_load)
     Console().print(validation_table(rows), validation_phases_table(rows), sep="\n")
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:
