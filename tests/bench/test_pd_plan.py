@@ -8,7 +8,7 @@ import pytest
 
 from homkv.bench.generate import MODELS
 from homkv.bench.pd.capacity import capacity_rps
-from homkv.bench.pd.estimate import estimates
+from homkv.bench.pd.estimate import estimates, seal_per_token_s
 from homkv.bench.pd.forms import make_form
 from homkv.bench.pd.options import PdOptions
 from homkv.bench.pd.plan import read_plan
@@ -108,3 +108,14 @@ def test_estimates_are_near_what_was_measured() -> None:
             assert row.jct_s == pytest.approx(fmean(r.jct_s for r in run.requests), rel=0.2)
             checked += 1
     assert checked >= 20
+
+
+def test_only_what_seals_between_steps_is_charged_for_it() -> None:
+    shape = MODELS["llama-3.1-8b"]
+    charged = {
+        name for name in ("bf16", "fp8", "hack-2026", "small", "balanced") if seal_per_token_s(make_form(shape, name))
+    }
+    assert charged == {"hack-2026"}
+    record = read_record(PLANS.parent / "results" / "pd-h100x2-64k.jsonl").values()
+    measured = [s.seconds / s.tokens for run in record for s in run.steps if s.stage == "seal"]
+    assert min(measured) < seal_per_token_s(make_form(shape, "hack-2026")) < max(measured)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from homkv.bench.generate import MODELS
 from homkv.bench.jct.summary import Tail
 from homkv.bench.pd.capacity import capacity_rps
+from homkv.bench.pd.forms import Form, PagesForm, make_form
 from homkv.bench.pd.options import PdOptions
 from homkv.bench.pd.points import Point, budget_bytes, walk
 from homkv.bench.pd.probe import sample
+from homkv.formats.rows import RowsCodec
 from homkv.sim.costs import Costs
 from homkv.sim.engine import System, simulate
 from homkv.sim.formats import make_format
@@ -20,6 +23,7 @@ from homkv.sim.roofline import RooflineCosts
 from homkv.sim.summary import summarize
 
 SHARED = (1.6, 2.1)  # prompts, steps: times longer beside the other on one H100 (benchmarks/results/pd-h100x1.jsonl)
+SEAL_LAYER_S = 1.8e-4  # one sequence's page between steps, per layer; median of benchmarks/results/pd-h100x2-64k.jsonl
 PREPARE_S = 2.0  # slots, graphs, steps of decoding, for each format and workload
 SETTLE_S = 0.5  # between the last token of a cell and the first arrival of the next
 
@@ -82,6 +86,7 @@ def estimate(leg: PdOptions, point: Point, costs: Costs, is_prepared: bool) -> E
         reserves_early=True,
         capacity_bytes=budget_bytes(cell, leg.model),
         max_batch=cell.slots,
+        seal_per_token_s=seal_per_token_s(make_form(MODELS[leg.model], cell.format)),
         prefill_beside=prefill_beside,
         decode_beside=decode_beside,
     )
@@ -90,6 +95,13 @@ def estimate(leg: PdOptions, point: Point, costs: Costs, is_prepared: bool) -> E
     prepare_s = 0.0 if is_prepared else PREPARE_S + prompts * costs.prefill_s(cell.prompts[1], 0)
     found = summarize(outcome)
     return Estimate(point, found.jct_s, found.jct_p99_s, outcome.end_s + prepare_s + SETTLE_S)
+
+
+def seal_per_token_s(form: Form) -> float:
+    """What a GPU's loop takes besides its steps where these do not seal pages themselves, by the token."""
+    if not isinstance(form, PagesForm) or isinstance(form.codec, RowsCodec):
+        return 0.0
+    return SEAL_LAYER_S * form.shape.num_layers / form.codec.page_tokens
 
 
 def estimates_table(rows: Sequence[Estimate]) -> Table:
