@@ -198,7 +198,7 @@ class Kivi(Candidate):
 
     def make(self, case: Case, device: torch.device) -> tuple[Any, Tensor]:
         """See Candidate."""
-        from homkv.bench.peers.kivi import KiviCache
+        from homkv.bench.peers.kivi_codes import KiviCache
 
         lead, dim = (case.batch, case.shape.num_kv_heads), case.shape.head_dim
         tokens = -(-case.context // self.group) * self.group
@@ -223,12 +223,12 @@ class Kivi(Candidate):
 
     def error(self, shape: HeadShape, device: torch.device) -> float:
         """See Candidate."""
-        from homkv.bench.peers import kivi
+        from homkv.bench.peers.kivi_codes import dequantize
 
         cache, lengths = self.make(Case(shape, len(CHECK_LENGTHS), CHECK_LENGTHS[0]), device)
         lengths.copy_(torch.tensor(CHECK_LENGTHS))
         q, scale = random_queries(shape, len(CHECK_LENGTHS), device), shape.head_dim**-0.5
-        exact = dense_attention(q, *kivi.dequantize(cache), lengths, scale)
+        exact = dense_attention(q, *dequantize(cache), lengths, scale)
         return relative_norm(self.attend(q, (cache, lengths), scale), exact)
 
 

@@ -99,11 +99,17 @@ def _rival(name: str, head_dim: int) -> KvFormat:
 def _hack(name: str, base: str, options: str, head_dim: int) -> KvFormat:
     """Page bytes as docs/hack.md has them: codes, scales and minima, code sums."""
     values = {"pi": 64, "se": 1, "rqe": 1}
+    int8_prefill = base == "hack"  # as published
     for option in filter(None, options.split(",")):
         key, _, text = option.partition("=")
+        if base == "hack" and key == "prefill" and text in ("exact", "int8"):
+            int8_prefill = text == "int8"
+            continue
         allowed = {"pi": ("32", "64", "128"), "se": ("0", "1"), "rqe": ("0", "1") if base == "hack" else ("1",)}
         if text not in allowed.get(key, ()):
-            raise FormatError(f"expected options pi=32|64|128, se=0|1 and, of hack, rqe=0|1, found {name!r}")
+            raise FormatError(
+                f"expected options pi=32|64|128, se=0|1 and, of hack, rqe=0|1 and prefill=exact|int8, found {name!r}"
+            )
         values[key] = int(text)
     pi, parts = values["pi"], max(1, head_dim // values["pi"])
     page_bytes = 2 * pi * head_dim // 4 + 4 * pi * parts + 4 * head_dim
@@ -121,7 +127,7 @@ def _hack(name: str, base: str, options: str, head_dim: int) -> KvFormat:
         kernel=base,
         kernel_factor=factor,
         requantizes=not values["rqe"],
-        int8_prefill=base == "hack",
+        int8_prefill=int8_prefill,
     )
 
 

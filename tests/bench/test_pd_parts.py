@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from homkv.bench.generate import MODELS, codec_of, random_model
-from homkv.bench.pd.batch import Batch, bucket_sizes
+from homkv.bench.pd.batch import Batch, bucket_sizes, make_slots
 from homkv.bench.pd.digest import TRAILER_BYTES, DeviceDigest, padded
 from homkv.bench.pd.forms import EXACT_DTYPE, PagesForm, make_form
 from homkv.bench.pd.prefill import PromptCache, Unsent
-from homkv.bench.pd.slots import PageSlots, make_slots
+from homkv.bench.pd.slots import PageSlots
 from homkv.bench.pd.sockets import CHUNK, Incoming, LastWord, Layer, Outgoing, accept, connect
 from homkv.bench.pd.workload import WORKLOADS, Lengths, poisson
 from homkv.errors import CapacityError, ShapeError, TraceError, TransferError
@@ -24,8 +24,8 @@ from homkv.generate.loop import attention_of
 from homkv.models.forward import forward_with_cache
 
 TINY, CPU = MODELS["tiny"], torch.device("cpu")
-FORMATS = ["bf16", "fp8", "balanced", "hack-2026"]
-PAGE_FORMATS = ["balanced", "hack-2026"]
+FORMATS = ["bf16", "fp8", "kivi", "balanced", "hack", "hack-2026"]
+PAGE_FORMATS = ["balanced", "hack", "hack-2026"]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,10 @@ def new_batch(model: LlamaForCausalLM, name: str, count: int = 3, longest: int =
 
 
 @pytest.mark.parametrize("name", PAGE_FORMATS)
-def test_a_batch_gives_the_tokens_of_the_decode_loop(model: LlamaForCausalLM, name: str) -> None:
+@pytest.mark.parametrize("length", [150, 128])  # 128: hack has whole pages only, and an empty window
+def test_a_batch_gives_the_tokens_of_the_decode_loop(model: LlamaForCausalLM, name: str, length: int) -> None:
     """Long enough for a page to be sealed on the way, beside a sequence that joins later and one that leaves."""
-    ids, steps = prompt(0, 150), 90
+    ids, steps = prompt(0, length), 90
     kv = PagesKV.reserve(
         codec_of(TINY, name),
         [len(ids) + steps],

@@ -44,7 +44,7 @@ def tokens(pool: Pool, name: str, link: str, overlap: bool = True) -> list[list[
     return [life.finished.tokens for life in outcome.lives if life.finished]
 
 
-@pytest.mark.parametrize("name", ["bf16", "balanced"])
+@pytest.mark.parametrize("name", ["bf16", "kivi", "hack:prefill=int8", "balanced"])
 def test_links_do_not_change_the_tokens(pool: Pool, name: str) -> None:
     expected = tokens(pool, name, "direct")
     assert [len(t) for t in expected] == [r.output_tokens for r in poisson(TINY, 5, 50.0, 0)]
@@ -125,6 +125,8 @@ def test_a_worker_that_fails_is_an_error_with_its_log() -> None:
         ({"model": "gpt"}, UnsupportedError),
         ({"workloads": ("huge",)}, UnsupportedError),
         ({"formats": ("nonsense",)}, FormatError),
+        ({"formats": ("cachegen",)}, UnsupportedError),
+        ({"formats": ("kvquant",), "decode_devices": ("cuda:0",)}, UnsupportedError),
         ({"links": ("fast",)}, UnsupportedError),
         ({"links": ("0",)}, UnsupportedError),
         ({"links": ("nan",)}, UnsupportedError),

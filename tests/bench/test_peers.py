@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from homkv.bench.peers import fp8, fp16, kivi, sdpa, split
+from homkv.bench.peers import fp8, fp16, kivi, kivi_codes, sdpa, split
 from homkv.bench.peers.split import SplitConfig, choose_splits
 from homkv.errors import DTypeError, HomkvError, ShapeError, UnsupportedError
 
@@ -109,8 +109,8 @@ def test_fp8_quantization_uses_the_whole_range() -> None:
 def test_kivi_is_attention_on_what_it_stores(device: torch.device, dim: int, group: int, tokens: int) -> None:
     x = Inputs(device, dim, group)
     k, v = (torch.nn.functional.pad(t, (0, 0, 0, 256 - ROOM)) for t in (x.k, x.v))
-    cache = kivi.quantize(k, v, tokens)
-    dense = kivi.dequantize(cache)
+    cache = kivi_codes.quantize(k, v, tokens)
+    dense = kivi_codes.dequantize(cache)
     o = kivi.attend(x.q, cache, x.lengths, x.scale)
     assert error(o, oracle(x.q, *dense, x.lengths, x.scale)) < 2e-3
     assert error(dense[0][:, :, :ROOM], x.k.double().cpu()) < 0.5

@@ -31,7 +31,18 @@ def test_every_name_is_smaller_than_16_bits_but_16_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "k4", "balanced:pi=64", "hack:pi=7", "hack:colour=1", "hack-2026:rqe=0", "dequant-hack", "k9999v2222"]
+    "name",
+    [
+        "",
+        "k4",
+        "balanced:pi=64",
+        "hack:pi=7",
+        "hack:colour=1",
+        "hack:prefill=7",
+        "hack-2026:rqe=0",
+        "dequant-hack",
+        "k9999v2222",
+    ],
 )
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(FormatError):
@@ -41,3 +52,8 @@ def test_unknown_names_are_refused(name: str) -> None:
 def test_head_dims_that_pages_do_not_cover_are_refused() -> None:
     with pytest.raises(UnsupportedError):
         make_format("balanced", 100)
+
+
+def test_hack_computes_prompts_as_published_unless_it_says_exact() -> None:
+    found = {name: make_format(name, 128).int8_prefill for name in ("hack", "hack:prefill=int8", "hack:prefill=exact")}
+    assert found == {"hack": True, "hack:prefill=int8": True, "hack:prefill=exact": False}

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from homkv.bench.pd.slots import Slots, StepRows
+from homkv.bench.pd.forms import DenseForm, Form, KiviForm, PagesForm
+from homkv.bench.pd.kivi import KiviSlots
+from homkv.bench.pd.slots import DenseSlots, PageSlots, Slots, StepRows
 from homkv.generate.loop import EAGER_STEPS
 from homkv.hf import AttendingCache
 from homkv.models.forward import forward_with_cache
@@ -97,3 +99,13 @@ class Batch:
 def bucket_sizes(count: int) -> list[int]:
     """Numbers of rows that steps are made for: powers of two, and all."""
     return sorted({min(1 << i, count) for i in range(count.bit_length() + 1)})
+
+
+def make_slots(form: Form, count: int, longest: int, budget_bytes: int, device: torch.device) -> Slots:
+    """Slots of a form. Raises CapacityError, UnsupportedError."""
+    if isinstance(form, DenseForm):
+        return DenseSlots(form, count, longest, budget_bytes, device)
+    if isinstance(form, KiviForm):
+        return KiviSlots(form, count, longest, budget_bytes, device)
+    assert isinstance(form, PagesForm)
+    return PageSlots(form, count, longest, budget_bytes, device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from homkv.bench.pd import direct, nixl
-from homkv.bench.pd.batch import Batch
+from homkv.bench.pd.batch import Batch, make_slots
 from homkv.bench.pd.digest import DeviceDigest
 from homkv.bench.pd.forms import Form, make_form
 from homkv.bench.pd.messages import (
@@ -33,7 +33,6 @@ from homkv.bench.pd.messages import (
     Start,
     Step,
 )
-from homkv.bench.pd.slots import make_slots
 from homkv.bench.pd.sockets import Incoming, accept
 from homkv.bench.pd.worker import Worker, lane_of, num_lanes
 from homkv.errors import CapacityError, TransferError

@@ -9,7 +9,7 @@ import torch
 from homkv.bench.generate import MODELS
 from homkv.bench.pd import nixl
 from homkv.bench.pd.direct import has_backend
-from homkv.bench.pd.forms import make_form
+from homkv.bench.pd.forms import check_kernels, make_form
 from homkv.bench.pd.messages import DEVICE_LINKS
 from homkv.bench.pd.workload import WORKLOADS, Lengths
 from homkv.errors import ShapeError, UnsupportedError
@@ -60,8 +60,11 @@ class PdOptions:
         ):
             if unknown := [x for x in found if x not in known]:
                 raise UnsupportedError(f"expected a {what} out of {', '.join(known)}, found {unknown[0]!r}")
+        on_gpus = any(device != "cpu" for device in self.devices)
         for name in self.formats:
-            make_form(MODELS[self.model], name)
+            form = make_form(MODELS[self.model], name)
+            if on_gpus:
+                check_kernels(form, name)
         for link in self.links:
             check_link(link)
 

@@ -5,15 +5,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from homkv.attention import api
 from homkv.attention.prefill import causal
 from homkv.bench.pd import direct, nixl
 from homkv.bench.pd.digest import TRAILER_BYTES, DeviceDigest, padded
-from homkv.bench.pd.forms import Form, make_form
+from homkv.bench.pd.forms import Form, PagesForm, make_form
 from homkv.bench.pd.messages import (
     DEVICE_LINKS,
     Cell,
@@ -56,8 +58,10 @@ class PromptCache(AttendingCache):
         return out
 
 
-def attention_by(name: str, device: torch.device) -> Attention:
-    """How prompts attend: exactly, or with both products in int8."""
+def attention_by(name: str, form: Form, device: torch.device) -> Attention:
+    """How prompts attend: exactly, with both products in int8, or on codes if that is part of the format's name."""
+    if isinstance(form, PagesForm) and api.computes_quantized_prefill(form.codec):
+        return partial(api.prefill, form.codec)
     if device.type == "cpu":
         return causal
     from homkv.attention.triton import prefill
@@ -237,9 +241,10 @@ class PrefillWorker(Worker):
     def _forward(self, num_tokens: int, seed: int, on_layer: Callable[[int, Tensor, Tensor], None]) -> int:
         """Compute a prompt of random tokens; returns the first new token."""
         assert self._cell is not None
+        assert self._form is not None
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(self.shape.vocab_size, (1, num_tokens), generator=generator).to(self.device)
-        attention = attention_by(self._cell.prefill, self.device)
+        attention = attention_by(self._cell.prefill, self._form, self.device)
         cache = PromptCache(self.shape.num_layers, attention, on_layer)
         positions = torch.arange(num_tokens, device=self.device)[None]
         logits = forward_with_cache(self.model, ids, cache, position_ids=positions, logits_to_keep=1).logits

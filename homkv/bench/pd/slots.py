@@ -205,7 +205,8 @@ class _Held:
 
     blocks: list[int]
     num_pages: int = 0
-    exact_len: int = 0
+    exact_len: int = 0  # of formats without a window also 0 behind whole pages
+    begun: bool = False
 
 
 class PageSlots(Slots):
@@ -271,6 +272,7 @@ class PageSlots(Slots):
         """See Slots."""
         super().begin(slot, num_tokens)
         codec, held = self.form.codec, self._held[slot]
+        held.begun = True
         held.num_pages, held.exact_len = codec.num_pages(num_tokens), codec.num_exact(num_tokens)
         self.table[slot, : len(held.blocks)] = to_device(torch.tensor(held.blocks, dtype=torch.int32), self.device)
         self.num_pages[slot], self.exact_len[slot], self.slots[slot] = held.num_pages, held.exact_len, slot
@@ -285,8 +287,8 @@ class PageSlots(Slots):
         """Seal what is full, unless the step does; called before every step, which adds one token to each sequence."""
         codec = self.form.codec
         for slot, held in self._held.items():
-            if not held.exact_len:
-                continue  # not begun
+            if not held.begun:
+                continue
             if held.exact_len == codec.num_sinks + codec.max_window:
                 held.num_pages, held.exact_len = held.num_pages + 1, held.exact_len - codec.page_tokens
                 if not self.seals_in_step:
@@ -354,11 +356,3 @@ class PageRows(StepRows):
                 buffer[rows, :, at] = x.to(buffer.dtype)
         o, _ = api.attend(q, view, slots.form.codec, softmax_scale, impl=slots.impl)
         return o.to(q.dtype)
-
-
-def make_slots(form: Form, count: int, longest: int, budget_bytes: int, device: torch.device) -> Slots:
-    """Slots of a form. Raises CapacityError, UnsupportedError."""
-    if isinstance(form, DenseForm):
-        return DenseSlots(form, count, longest, budget_bytes, device)
-    assert isinstance(form, PagesForm)
-    return PageSlots(form, count, longest, budget_bytes, device)

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
         ("test_hack_encode.py", "every or dtypes"),
         ("test_warp.py", ""),
         ("test_window.py", "append_seals or at_once"),
+        ("../../bench/test_kivi_steps.py", "codes_as or store_and"),
     ],
 )
 def test_launches_compile(launches: str, which: str) -> None:
