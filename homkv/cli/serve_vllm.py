@@ -1,6 +1,7 @@
 """``homkv serve --engine vllm``: stock vLLM with pages as its KV cache, prefill and decode apart, by one command."""
 
 import importlib.util
+import os
 import shutil
 import signal
 import sys
@@ -57,6 +58,7 @@ def serve(
         port=port,
         max_model_len=max_model_len,
         kv_gib=kv_gib,
+        gpus=_gpus(prefill + decode),
         python="python" if dry_run else sys.executable,
         extra=tuple(ctx.args),
     )
@@ -84,7 +86,8 @@ def _run(wanted: "list[Command]", options: "ServeOptions", logs: Path | None) ->
     """Start, show where everything listens, and stop in order at a signal."""
     from homkv.vllm.fleet import Fleet
 
-    _require_vllm(options)
+    _require_packages(options)
+    _require_gpus(options)
     for number in (signal.SIGINT, signal.SIGTERM):  # shells start background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     try:
@@ -160,7 +163,24 @@ def _inspect(model: str) -> tuple[str, int]:
     return source, int(head_dim)
 
 
-def _require_vllm(options: "ServeOptions") -> None:
+def _gpus(count: int) -> tuple[str, ...]:
+    """The first of the GPUs that this process may use; empty if it may use all, or fewer."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return tuple(named[:count]) if len(named) >= count else ()
+
+
+def _require_gpus(options: "ServeOptions") -> None:
+    import torch
+
+    needed = options.num_prefill + options.num_decode if options.is_pair else 1
+    if options.device == "cuda" and torch.cuda.device_count() < needed:
+        raise UnsupportedError(
+            f"expected a GPU for each of {needed} servers on this machine, found {torch.cuda.device_count()}; start "
+            "fewer, or run the commands that --dry-run prints on several machines"
+        )
+
+
+def _require_packages(options: "ServeOptions") -> None:
     missing = [name for name in ("vllm", *(["nixl"] if options.is_pair else [])) if not importlib.util.find_spec(name)]
     if missing:
         raise UnsupportedError(
