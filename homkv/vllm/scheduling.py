@@ -49,6 +49,7 @@ class _EndsNaN:
                 finish_reason=request.get_finished_reason(),
                 events=request.take_events(),
                 trace_headers=request.trace_headers,
+                num_nans_in_logits=counts[request.request_id],  # vLLM's metric vllm:corrupted_requests
             )
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
         return outputs

@@ -163,6 +163,7 @@ def test_a_request_whose_keys_do_not_fit_ends_alone_and_so_does_who_shares_its_p
     with monkeypatch.context() as patch:
         patch.setattr(impl, "forward", spoiled)
         assert engine.ends([right, wrong]) == [*alone, ("error", [])]
+    assert engine.metric("vllm:corrupted_requests") == 1
     assert engine.ends([wrong]) == [("error", [])]  # its pages come from the prefix cache
     assert engine.ends([ids[21:921], right])[1:] == alone
 
