@@ -54,7 +54,7 @@ class Engine:
     def ends(self, prompts: list[list[int]], temperature: float = 0) -> Ends:
         from vllm import SamplingParams
 
-        how = SamplingParams(temperature=temperature, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, seed=7)
+        how = SamplingParams(temperature=temperature, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         answers = [output.outputs[0] for output in self.llm.generate(asked, how, use_tqdm=False)]
         return [(str(answer.finish_reason), len(answer.token_ids)) for answer in answers]
