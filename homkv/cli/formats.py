@@ -57,6 +57,8 @@ def formats(
     """List every format of --kv-cache-dtype with its true size."""
     if context < 1:
         raise ShapeError(f"expected --context of at least 1 token, found {context}; a typical one is 32768")
+    if head_dim < 1:
+        raise ShapeError(f"expected --head-dim of at least 1 channel, found {head_dim}; models have 64 to 256")
     costs, unsupported = measure(head_dim, context)
     if as_json:
         report = {"head_dim": head_dim, "context": context, "formats": [asdict(c) for c in costs]}

@@ -54,13 +54,13 @@ class Lookup:
         if response.status_code == 401:
             raise TransferError(f"expected {self._url} to accept our API key, found it refused; give --api-key")
         if response.status_code != 200:
-            raise UnsupportedError(f"expected an answer at {self._url}{path}, found {_reason(response)}")
+            raise UnsupportedError(_reason(response, f"{self._url}{path}"))
         return response
 
 
-def _reason(response: httpx.Response) -> str:
-    """What an error's body says, or its status."""
+def _reason(response: httpx.Response, url: str) -> str:
+    """What an error's body says, which is a message like ours, or its status."""
     try:
-        return str(response.json()["error"]["message"])
+        return f"{response.json()['error']['message']}; asked {url}"
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}"
+        return f"expected an answer at {url}, found HTTP {response.status_code}"

@@ -54,6 +54,12 @@ def test_no_context_is_refused() -> None:
     assert isinstance(result.exception, ShapeError)
 
 
+@pytest.mark.parametrize("head_dim", [0, -64])
+def test_heads_without_channels_are_refused(head_dim: int) -> None:
+    result = CliRunner().invoke(app, ["formats", "--head-dim", str(head_dim)])
+    assert isinstance(result.exception, ShapeError)
+
+
 def test_formats_that_do_not_cover_a_head_dim_are_named_with_the_reason() -> None:
     result = CliRunner().invoke(app, ["formats", "--head-dim", "80", "--json"])
     assert result.exit_code == 0, result.output
