@@ -94,9 +94,10 @@ def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
         "are in docs/hack.md and docs/rivals.md.",
         title_justify="left",
         caption_justify="left",
+        pad_edge=False,
     )
     table.add_column("format", style="bold", no_wrap=True)
-    table.add_column("layout", style="dim")
+    table.add_column("layout", style="dim", overflow="fold")  # it names the bytes: cut off, it names others
     for heading in ("bits", "sent", "bytes/page", "bytes/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     for c in costs:

@@ -47,6 +47,9 @@ def test_the_table_is_readable() -> None:
         assert name in result.output
     assert "5,056" in result.output
     assert "k4420v2222" in result.output
+    narrow = CliRunner().invoke(app, ["formats"], env={"COLUMNS": "80"}).output
+    assert "k4420v2222" in narrow
+    assert "…" not in narrow
 
 
 def test_no_context_is_refused() -> None:
