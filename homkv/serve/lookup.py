@@ -59,8 +59,11 @@ class Lookup:
 
 
 def _reason(response: httpx.Response, url: str) -> str:
-    """What an error's body says, which is a message like ours, or its status."""
+    """What an error's body says, whole if it is a message of a gateway, or its status."""
     try:
-        return f"{response.json()['error']['message']}; asked {url}"
+        said = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"expected an answer at {url}, found HTTP {response.status_code}"
+        said = f"HTTP {response.status_code}"
+    if said.startswith("expected"):
+        return f"{said}; asked {url}"
+    return f"expected an answer at {url}, found {said}; name the service without /v1"
