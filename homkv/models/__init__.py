@@ -158,7 +158,7 @@ def _find(name_or_path: str, progress: Progress) -> tuple[str, str]:
         return name or name_or_path, str(dequantized(name or path.stem, sha256, lambda: [path], progress))
     if (path.is_absolute() or name_or_path.startswith(".") or path.suffix == ".gguf") and not path.exists():
         raise UnsupportedError(
-            f"expected one of {', '.join(BUNDLES)}, a hub name, or a folder or .gguf file that is there, found nothing at "
+            f"expected one of {', '.join(BUNDLES)}, a hub name, or a folder or .gguf file, found nothing at "
             f"{path}; see `homkv models list`"
         )
     return name_or_path, name_or_path
