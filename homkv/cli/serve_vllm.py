@@ -19,6 +19,7 @@ from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, RowsSpec
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.launch import Command, Device, Router, ServeOptions, commands
 
+COMMAND = "serve --engine vllm"  # as typed, so that usage and errors name it so
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 console = Console(soft_wrap=True)
 
@@ -75,7 +76,7 @@ def routed(args: list[str]) -> list[str]:
     if engine not in ("homkv", "vllm"):
         raise UnsupportedError(f"expected --engine homkv or vllm, found {engine}")
     rest = args[:at] + args[at + 2 :]
-    return ["serve-vllm" if arg == "serve" and engine == "vllm" else arg for arg in rest]
+    return [COMMAND if arg == "serve" and engine == "vllm" else arg for arg in rest]
 
 
 def _run(wanted: list[Command], options: ServeOptions, logs: Path | None) -> None:
