@@ -29,7 +29,7 @@ from homkv.eval.jsonl import append_jsonl
 from homkv.eval.metrics import edit_similarity, first_miss, kl_divergence, token_scores
 from homkv.eval.record import CALIBRATION, MODEL_BF16, Case, Size, Speed, read_records, rounded
 from homkv.eval.report import make_report, markdown, notes
-from homkv.eval.run import Conditions, measure_cases
+from homkv.eval.run import Conditions, batches, measure_cases
 from homkv.eval.sizes import measure_size, measure_sizes, measure_speed
 from homkv.eval.summary import summarize, unresolved
 from homkv.formats import make_codec
@@ -102,7 +102,7 @@ def test_intervals_cover_the_mean() -> None:
 
 def test_16_bit_kv_is_the_exact_model_and_fewer_bits_lose_more(loaded: LoadedModel) -> None:
     exact = run_exact(loaded, ids(321), 280, record=True)
-    found = {name: score(loaded, exact, name, impl="reference") for name in ("fp16", "int8", "near-lossless", "small")}
+    found = {name: score(loaded, [exact], name, impl="reference")[0] for name in ("fp16", "int8", "near-lossless", "small")}
     losses = [sum(scores.kl) for scores, _ in found.values()]
     assert losses[0] < 1e-4
     assert losses == sorted(losses)
@@ -124,16 +124,42 @@ def test_passes_end_where_a_page_is_sealed() -> None:
 def test_quantized_prefill_loses_at_least_as_much(loaded: LoadedModel) -> None:
     exact = run_exact(loaded, ids(321), 280)
     once, all_the_way = (
-        sum(score(loaded, exact, "small", impl="reference", prefill=p)[0].kl) for p in ("exact", "quantized")
+        sum(score(loaded, [exact], "small", impl="reference", prefill=p)[0][0].kl) for p in ("exact", "quantized")
     )
     assert all_the_way > once > 0
     with pytest.raises(FormatError, match="expected a prefill"):
-        score(loaded, exact, "small", prefill="none")
+        score(loaded, [exact], "small", prefill="none")
+
+
+@pytest.mark.parametrize("name", ["small", "fp8", "kivi", "kivi:bits=4", "hack", "hack:rqe=0", "hack-2026", "cachegen"])
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
+def test_texts_side_by_side_score_as_they_do_alone(loaded: LoadedModel, name: str, prefill: str) -> None:
+    runs = [run_exact(loaded, ids(321, seed), 280, record=True) for seed in (1, 2, 3)]
+    together = score(loaded, runs, name, impl="reference", prefill=prefill)
+    for exact, (scores, errors) in zip(runs, together, strict=True):
+        alone, alone_errors = score(loaded, [exact], name, impl="reference", prefill=prefill)[0]
+        assert sum(scores.kl) == pytest.approx(sum(alone.kl), rel=0.02, abs=1e-3)  # a code in a thousand is another
+        assert torch.allclose(torch.tensor(errors), torch.tensor(alone_errors), rtol=1e-4)
+
+
+def test_continuations_side_by_side_are_those_of_each_text(loaded: LoadedModel) -> None:
+    starts = torch.stack([ids(200, seed) for seed in (1, 2, 3)])
+    together = continue_greedily(loaded, starts, 12)
+    assert together.shape == (3, 12)
+    assert torch.equal(together, torch.cat([continue_greedily(loaded, row[None], 12) for row in starts]))
+
+
+def test_batches_hold_what_is_alike() -> None:
+    texts, longer = [text(f"t{i}", 30, 20, i) for i in range(3)], text("long", 40, 20, 9)
+    found = batches([*texts, longer, replace(texts[0], task="greedy", to_write=4)], 2)
+    assert [[item.name for item in some] for some in found] == [["t0", "t1"], ["t2"], ["long"], ["t0"]]
+    with pytest.raises(ShapeError, match="at least one text"):
+        Conditions(("small",), batch=0)
 
 
 def test_writing_follows_the_exact_model_as_far_as_it_can(loaded: LoadedModel) -> None:
     start = ids(200)
-    exact = run_exact(loaded, torch.cat((start, torch.tensor(continue_greedily(loaded, start, 12)))), 199)
+    exact = run_exact(loaded, torch.cat((start, continue_greedily(loaded, start[None], 12)[0])), 199)
     tokens = write(loaded, exact, "fp16", 0)
     assert tokens == exact.ids[200:].tolist()
     assert write(loaded, exact, "small", 5)[:5] == tokens[:5]
