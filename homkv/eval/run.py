@@ -30,8 +30,11 @@ FAILURES = (FormatError, CapacityError, torch.OutOfMemoryError)  # of one case: 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What holds for all cases. ``bf16``: measure the whole model in bfloat16 as well, as a yardstick. ``batch``: texts of
-    one length that are computed side by side."""
+    """What holds for all cases.
+
+    ``bf16``: measure the whole model in bfloat16 as well, as a yardstick. ``batch``: texts of one length that are
+    computed side by side.
+    """
 
     formats: tuple[str, ...]
     prefill: str = "exact"

@@ -102,7 +102,8 @@ def test_intervals_cover_the_mean() -> None:
 
 def test_16_bit_kv_is_the_exact_model_and_fewer_bits_lose_more(loaded: LoadedModel) -> None:
     exact = run_exact(loaded, ids(321), 280, record=True)
-    found = {name: score(loaded, [exact], name, impl="reference")[0] for name in ("fp16", "int8", "near-lossless", "small")}
+    names = ("fp16", "int8", "near-lossless", "small")
+    found = {name: score(loaded, [exact], name, impl="reference")[0] for name in names}
     losses = [sum(scores.kl) for scores, _ in found.values()]
     assert losses[0] < 1e-4
     assert losses == sorted(losses)
