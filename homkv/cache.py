@@ -205,9 +205,9 @@ class PagedCache(SequenceTable):
             out = torch.zeros_like(q)
             for i, seq_id in enumerate(seq_ids):
                 at = slice(None) if real is None else self._real_columns(real[i])
-                rows = (x[i, :, at].unsqueeze(0) for x in (q, k, v))
+                one = q[i : i + 1, :, at], k[i : i + 1, :, at], v[i : i + 1, :, at]
                 if lengths[i]:
-                    out[i, :, at] = self._attend_chunk(layer, [seq_id], *rows, softmax_scale)[0]
+                    out[i, :, at] = self._attend_chunk(layer, [seq_id], *one, softmax_scale)[0]
         if layer == self.num_layers - 1:
             self.check_values(seq_ids)
         return out

@@ -84,7 +84,8 @@ def check_lengths(loaded: LoadedModel, prefix: int, total: int) -> None:
     """Raise ShapeError unless 0 < prefix < total <= the model's context."""
     if not 0 < prefix < total <= loaded.context_length:
         raise ShapeError(
-            f"expected 0 < prefix < tokens <= {loaded.context_length}, found prefix {prefix} and {total} tokens"
+            f"expected 0 < prefix < tokens <= {loaded.context_length}, the model's context, found prefix {prefix} and "
+            f"{total} tokens; choose shorter ones"
         )
 
 

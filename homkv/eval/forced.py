@@ -13,7 +13,6 @@ from torch import Tensor
 
 from homkv.attention.api import computes_quantized_prefill
 from homkv.cache import PagedCache
-from homkv.errors import FormatError
 from homkv.eval.encoding import encoded_on_host
 from homkv.eval.exact import ExactRun
 from homkv.eval.metrics import TokenScores, head_error, joined, token_scores
@@ -119,10 +118,8 @@ def score(
 ) -> list[Scored]:
     """Scores of every prediction whose next token the text has, for texts of one length, computed side by side.
 
-    Raises FormatError for an unknown format or prefill.
+    ``prefill``: one of PREFILLS. Raises FormatError for an unknown format.
     """
-    if prefill not in PREFILLS:
-        raise FormatError(f"expected a prefill out of {', '.join(PREFILLS)}, found {prefill!r}")
     codec, prefix = bind(loaded, name), runs[0].prefix
     ids = torch.stack([exact.ids for exact in runs])
     errors: list[list[list[float]]] = [[] for _ in runs]

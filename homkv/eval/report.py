@@ -133,7 +133,7 @@ def cells(report: Report, row: Summary) -> tuple[str, ...]:
 
 
 WRITTEN = (
-    *("format", "tokens before it leaves the exact model", "texts", "more than all in bfloat16"),
+    *("format", "tokens before it leaves the exact model", "never leaves it", "more than all in bfloat16"),
     *("edit similarity of code", "passes"),
 )
 INTERVALS = ("format", "perplexity / exact", "top-1", "KL, last less first quarter", "pass-keys", "copies")
@@ -143,11 +143,11 @@ def written_rows(report: Report) -> list[tuple[str, ...]]:
     """What formats wrote by themselves, under WRITTEN: greedy continuations and code."""
     return [
         (
-            *(shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.longer_than_bf16, 1)),
+            *(shown(s.format), interval(s.diverges, 1), str(s.stayed), interval(s.longer_than_bf16, 1)),
             *(interval(s.similarity, 3), str(s.passed)),
         )
         for s in report.summaries
-        if s.diverges is not None or s.similarity is not None
+        if s.diverges is not None or s.similarity is not None or s.passed.total
     ]
 
 
@@ -218,6 +218,8 @@ def notes(report: Report) -> list[str]:
         for s in report.summaries
         if s.longer_than_bf16 is not None and not resolved(s.longer_than_bf16) and s.format != EXACT
     ]
+    if blank := max((s.num_blank for s in report.summaries), default=0):
+        found.append(f"the exact model completes {blank} problems with nothing: edit similarity leaves them out")
     if fewer:
         found.append(f"on fewer than {most} texts, so not on the same tokens as the rest: {', '.join(fewer)}")
     found += [f"x 16-bit at {place}" for place in dict.fromkeys(map(_place, report.speeds.values()))]

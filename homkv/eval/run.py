@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from homkv.errors import CapacityError, FormatError, ShapeError
 from homkv.eval import code
-from homkv.eval.exact import ExactRun, continue_greedily, run_exact
-from homkv.eval.forced import bind, score, write
+from homkv.eval.exact import ExactRun, check_lengths, continue_greedily, run_exact
+from homkv.eval.forced import PREFILLS, bind, score, write
 from homkv.eval.items import Item
 from homkv.eval.jsonl import append_jsonl
 from homkv.eval.metrics import TokenScores, edit_similarity, first_miss, token_scores
@@ -44,6 +44,8 @@ class Conditions:
     batch: int = 1
 
     def __post_init__(self) -> None:
+        if self.prefill not in PREFILLS:
+            raise FormatError(f"expected a prefill out of {', '.join(PREFILLS)}, found {self.prefill!r}")
         if self.batch < 1:
             raise ShapeError(f"expected at least one text at a time, found {self.batch}; choose 1 or more")
 
@@ -71,6 +73,8 @@ def measure_cases(
     """
     for name in conditions.formats:
         bind(loaded, name)  # before hours of work: unknown names, head_dims not covered
+    for item in items:
+        check_lengths(loaded, item.prefix, item.num_tokens)
     known, runner, cases = newest(read_records(path)), Runner(loaded, conditions), []
     for some in batches(items, conditions.batch):
         for case in runner.cases(some, known, step):
