@@ -49,7 +49,7 @@ def evaluate(
     run_code: Annotated[bool, typer.Option("--run-code", help="Run what models write for HumanEval, limited.")] = False,
     bf16: Annotated[bool, typer.Option(help="A row for the whole model in bfloat16.")] = True,
     speed: Annotated[bool, typer.Option(help="Time an attention step of each format.")] = True,
-    batch: Annotated[int, typer.Option(help="Texts of one length computed side by side: faster, more memory.")] = 1,
+    batch: Annotated[int, typer.Option(help="Texts of one length computed side by side; fewer need less memory.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the format's first.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,

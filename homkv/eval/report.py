@@ -4,7 +4,6 @@ import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 from msgspec import to_builtins
@@ -13,12 +12,9 @@ from rich import box
 from rich.table import Table
 
 from homkv.bootstrap import Estimate, resolved
+from homkv.eval.names import shown
 from homkv.eval.record import CALIBRATION, EXACT, Case, Record, Run, Size, Speed
-from homkv.eval.sizes import LONG, WIDE
 from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
-from homkv.formats import make_codec, parse_options
-from homkv.plan import BASE as PER_LAYER
-from homkv.plan import LayerPlan
 from homkv.spec import ALL_PRESETS
 
 HEADINGS = ("format", "KL [95 %]", "ppl", "top-1", "drift", "pass-key", "copy", "bits", "sent", "32k", "x 16-bit")
@@ -91,18 +87,6 @@ def make_report(records: Sequence[Record]) -> Report:
 
 def _is_main(size: Size, main: Setting | None) -> bool:
     return main is not None and size.context == main.prefix
-
-
-@cache
-def shown(name: str) -> str:
-    """A format as tables name it: a plan by bits at 32k, window and the end of its title."""
-    base, options = parse_options(name)
-    if base == "basis":
-        return base  # its tables are this model's
-    if base != PER_LAYER:
-        return name
-    codec = make_codec(name, WIDE)
-    return f"plan {codec.bits_per_element(LONG):.2f} w{codec.min_window} {LayerPlan.from_options(options).title[-6:]}"
 
 
 def interval(found: Estimate | None, digits: int = 4) -> str:

@@ -21,6 +21,7 @@ from homkv.eval.forced import PREFILLS, bind, score, write
 from homkv.eval.items import Item
 from homkv.eval.jsonl import append_jsonl
 from homkv.eval.metrics import TokenScores, edit_similarity, first_miss, token_scores
+from homkv.eval.names import shown
 from homkv.eval.record import EXACT, MODEL_BF16, Case, Record, newest, read_records, rounded
 from homkv.models import LoadedModel
 
@@ -108,7 +109,7 @@ class Runner:
         for name in self.conditions.rows:
             missing: dict[str, Item] = {}
             for item in items:
-                step(f"{item.task}: {item.name}: {name}")
+                step(f"{item.task}: {item.name}: {shown(name)}")
                 key = case_key(self.loaded, self.conditions, item, name)
                 if isinstance(found := known.get(key), Case):
                     yield found
