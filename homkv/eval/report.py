@@ -66,7 +66,7 @@ def make_report(records: Sequence[Record]) -> Report:
     records = by_preset(records)
     cases = [r for r in records if isinstance(r, Case)]
     model = cases[-1].model if cases else ""
-    cases = list({c.key: c for c in cases if c.model == model}.values())
+    cases = list({_subject(c): c for c in {c.key: c for c in cases if c.model == model}.values()}.values())
     settings = by_setting(cases)
     main = next(iter(settings), None)
     texts = settings.get(main, []) if main else []
@@ -83,6 +83,14 @@ def make_report(records: Sequence[Record]) -> Report:
         unresolved=tuple(unresolved(texts)),
         failed=tuple(f"{shown(c.format)} on {c.task} {c.item}: {c.error}" for c in cases if c.error),
     )
+
+
+def _subject(case: Case) -> tuple[object, ...]:
+    """What a case is about. Of two, by another implementation, prompt or name, the last one counts."""
+    if case.error:
+        return (case.key,)
+    length = (case.prefix, len(case.kl)) if case.task != "code" else ()
+    return case.format, case.task, case.item, case.prefill, *length
 
 
 def _is_main(size: Size, main: Setting | None) -> bool:

@@ -264,6 +264,11 @@ def test_lengths_and_prefills_are_not_mixed() -> None:
     (row,) = report.summaries
     twice = [case("k4420v2222", "0", [0.1] * 4), case("balanced", "1", [0.1] * 4)]  # one format by two names
     assert [s.format for s in make_report(twice).summaries] == ["balanced"]
+    newer = msgspec.structs.replace(texts[0], key="by another implementation", kl=[0.4] * 4)
+    (again,) = make_report([*texts, newer]).summaries
+    assert again.num_texts == 3  # not four
+    assert again.kl is not None
+    assert again.kl.mean == pytest.approx(0.2)
     assert row.kl is not None
     assert row.kl.mean == pytest.approx(0.1)
     assert {str(s): list(rows) for s, rows in report.others.items()} == {
