@@ -28,7 +28,7 @@ def pd(
     model: Annotated[str, typer.Option(help="Shape (llama-3.1-8b, tiny); weights are random.")] = "llama-3.1-8b",
     workloads: Annotated[Names, typer.Option("--workload", help="short 4-6K, long 12-16K, 64k, tiny; repeat.")] = None,
     formats: Annotated[Names, typer.Option("--kv-cache-dtype", help="Format, bf16 or fp8; repeat.")] = None,
-    links: Annotated[Names, typer.Option("--link", help="Gb/s of a shaped TCP link, tcp, or direct; repeat.")] = None,
+    links: Annotated[Names, typer.Option("--link", help="Gb/s of shaped TCP, tcp, direct or nixl; repeat.")] = None,
     loads: Annotated[list[float] | None, typer.Option("--load", help="Share of bf16's capacity; repeat.")] = None,
     rate_rps: Annotated[float | None, typer.Option("--rate", help="Arrivals per second, instead of --load.")] = None,
     overlap: Annotated[str, typer.Option(help="Layers leave while the next compute: on, off or both.")] = "on",
@@ -100,21 +100,31 @@ def show(options: "PdOptions", console: Console, legs: "Sequence[PdOptions]" = (
 
 def show_estimates(legs: "Sequence[PdOptions]", gpu: str, console: Console) -> None:
     """Print what a run should take, and what it should find."""
+    from homkv.bench.jct.report import rates_table
+    from homkv.bench.jct.summary import rates_at_p99
     from homkv.bench.pd.estimate import estimates, estimates_table
 
-    console.print(estimates_table(list(estimates(legs, gpu))))
+    rows = list(estimates(legs, gpu))
+    console.print(estimates_table(rows))
+    target = target_load(legs[0])
+    if rates := rates_at_p99([row.tail for row in rows], target):
+        console.print(rates_table(rates, f"that of bf16 at load {target}"))
+
+
+def target_load(leg: "PdOptions") -> str:
+    """Whose P99 others are held to: 80 %, or the first load where that is not measured."""
+    return "0.8" if 0.8 in leg.loads else f"{leg.loads[0]:g}"
 
 
 def print_bench(bench: "PdBench", console: Console) -> None:
     """Tables of a bench's record, what was left out, plots."""
     from homkv.bench.jct.report import print_report, rates_table
-    from homkv.bench.jct.summary import measured, rates_at_p99
+    from homkv.bench.jct.summary import measured, rates_at_p99, tails
 
     options, summaries = bench.options, measured(bench.recorded())
     print_report(summaries, console)
-    target = "0.8" if 0.8 in options.loads else f"{options.loads[0]:g}"
-    rates = rates_at_p99(summaries, target)
-    if rates:
+    target = target_load(bench.legs[0])
+    if rates := rates_at_p99(tails(summaries), target):
         console.print(rates_table(rates, f"that of bf16 at load {target}"))
     for line in bench.skipped:
         console.print(f"left out: {line}", style="yellow", highlight=False, markup=False)

@@ -24,7 +24,7 @@ def report(
 ) -> None:
     """Print job completion times that were recorded; what several records say about one case is pooled."""
     from homkv.bench.jct.report import print_report, rates_table
-    from homkv.bench.jct.summary import measured, rates_at_p99
+    from homkv.bench.jct.summary import measured, rates_at_p99, tails
     from homkv.sim.record import read_left_out, read_record
 
     console = Console()
@@ -37,7 +37,7 @@ def report(
             print(line)
     else:
         print_report(summaries, console)
-    if rates := rates_at_p99(summaries, TARGET_LOAD):
+    if rates := rates_at_p99(tails(summaries), TARGET_LOAD):
         console.print(rates_table(rates, f"that of bf16 at load {TARGET_LOAD}"))
     for left in (left for path in records for left in read_left_out(path)):
         console.print(f"left out: {left.run_id}: {left.reason}", style="yellow", highlight=False, markup=False)

@@ -171,7 +171,8 @@ def whatif(
         found = options(base, work, prices, names, utilisation, advance)
     title = f"{model}, {base.prefill_gpu} to {base.decode_gpu}: {describe(work)}"
     print_advice(Console(), found, advise(found, min_gain), title)
-    points = list(sweeps(base, work, prices, names)) if sweep or plots is not None else []
+    first = found.found[0]  # 16 bits by default, unless they cannot serve this
+    points = list(sweeps(base, work, prices, names, first, utilisation)) if sweep or plots is not None else []
     write_lines(json_file, [*(row.to_dict() for row in found.found), *(point.to_dict() for point in points)])
     if plots is not None:
         print_paths(plot_sweeps(points, title, plots))
@@ -196,7 +197,7 @@ def validate(
     if (gpu is None) != (model is None):
         raise UnsupportedError("expected --gpu together with --model, found one of them; give both or none")
     costs_of = fit if gpu is None or model is None else tables(gpu, model)
-    rows = [row for record in records for row in compare(record, costs_of, max_load)]
+    rows = compare(records, costs_of, max_load)
     Console().print(validation_table(rows), validation_phases_table(rows), sep="\n")
     write_lines(json_file, [row.to_dict() for row in rows])
     if plots is not None:

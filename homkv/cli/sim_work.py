@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from homkv.sim.summary import Summary
     from homkv.sim.trace import Request
     from homkv.sim.validate import Validation
-    from homkv.sim.whatif import Point, Prices
+    from homkv.sim.whatif import Option, Point, Prices
+
+LINKS = (1, 2.5, 5, 10, 25, 50, 100, 200, 400)  # Gb/s of a sweep
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the rate
+PROMPTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # tokens
 
 
 def make_scenario(
@@ -175,18 +179,21 @@ def plot_paper(rows: "Sequence[PaperRow]", folder: Path) -> list[Path]:
     return files
 
 
-def sweeps(base: "Scenario", work: "list[Request]", prices: "Prices", names: tuple[str, ...]) -> "Iterator[Point]":
-    """Link speeds and rates in the deployment sized for 16 bits; prompt lengths sized anew."""
+def sweeps(
+    base: "Scenario", work: "list[Request]", prices: "Prices", names: tuple[str, ...], option: "Option",
+    utilisation: float,
+) -> "Iterator[Point]":  # fmt: skip
+    """Link speeds and rates with the instances of ``option``; prompt lengths with instances sized anew."""
     from homkv.sim import whatif as question
 
-    sized = question.size(base.with_format("fp16"), question.rate_of(work), *question.lengths(work))
+    sized = replace(base, format=option.format, num_prefill=option.num_prefill, num_decode=option.num_decode)
     with progress(None, "sweeps") as advance:
         advance("link")
-        yield from question.sweep_links(sized, work, prices, (1, 2.5, 5, 10, 25, 50, 100, 200, 400), names)
+        yield from question.sweep_links(sized, work, prices, LINKS, names)
         advance("rate")
-        yield from question.sweep_rates(sized, work, prices, (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0), names)
+        yield from question.sweep_rates(sized, work, prices, FACTORS, names)
         advance("prompts")
-        yield from question.sweep_prompts(base, work, prices, (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536), names)
+        yield from question.sweep_prompts(base, work, prices, PROMPTS, names, utilisation)
 
 
 def plot_sweeps(points: "Sequence[Point]", title: str, folder: Path) -> list[Path]:

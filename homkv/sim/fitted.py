@@ -125,10 +125,21 @@ def handoff_s(run: Run) -> float:
     return median(samples) if samples else 0.0
 
 
-def seal_per_token_s(run: Run) -> float:
-    """What sealing pages between steps adds to a token of one sequence, by the median of samples; 0 without any."""
-    samples = [s.seconds / s.tokens for s in run.steps if s.stage == "seal"]
+def seal_per_token_s(run: Run, record: Iterable[Run] = ()) -> float:
+    """What sealing pages between steps adds to a token of one sequence, by the median of samples; 0 without any.
+
+    A run without samples takes those of its format in the other runs of its ``record`` on the same devices.
+    """
+    samples = seals(run)
+    if not samples:
+        same = (r for r in record if r.info.kv_cache_dtype == run.info.kv_cache_dtype and shares_devices(r, run))
+        samples = [x for r in same for x in seals(r)]
     return median(samples) if samples else 0.0
+
+
+def seals(run: Run) -> list[float]:
+    """A run's samples of sealing, per token."""
+    return [s.seconds / s.tokens for s in run.steps if s.stage == "seal"]
 
 
 def medians(samples: Iterable[StepSample]) -> list[StepSample]:

@@ -72,19 +72,22 @@ class Validation:
 CostsOf = Callable[[Run], Costs]
 
 
-def validate(path: Path, costs_of: CostsOf = fit, max_load: float = math.inf) -> list[Validation]:
-    """Every run of a record; turns of one configuration (run ids that differ in ``/0``, ``/1`` … only) are pooled.
+def validate(paths: Sequence[Path], costs_of: CostsOf = fit, max_load: float = math.inf) -> list[Validation]:
+    """Every run of some records; turns of one configuration (run ids that differ in ``/0``, ``/1`` … only) are pooled.
 
-    ``costs_of``: step times, by default fitted to each run's own step lines. ``max_load``: turns behind which the
-    machine's load average of one minute was above it are left out, with what was timed before them: other work ran.
-    Raises TraceError for a record that cannot be used.
+    ``costs_of``: step times, by default fitted to each run's own step lines; what one lacks besides may come from
+    others on the same devices (homkv.sim.fitted). ``max_load``: turns behind which the machine's load average of one
+    minute was above it are left out, with what was timed before them: other work ran. Raises TraceError for a record
+    that cannot be used.
     """
-    groups: dict[str, list[Run]] = {}
-    record = [run for run in read_record(path).values() if load_average(run) <= max_load]
-    for run in record:
-        name, _, turn = run.info.run_id.rpartition("/")
-        groups.setdefault(name if name and turn.isdecimal() else run.info.run_id, []).append(run)
-    return [compared(name, runs, costs_of, record) for name, runs in groups.items()]
+    groups: dict[tuple[Path, str], list[Run]] = {}
+    for path in paths:
+        for run in read_record(path).values():
+            if load_average(run) <= max_load:
+                name, _, turn = run.info.run_id.rpartition("/")
+                groups.setdefault((path, name if name and turn.isdecimal() else run.info.run_id), []).append(run)
+    everything = [run for runs in groups.values() for run in runs]
+    return [compared(name, runs, costs_of, everything) for (_, name), runs in groups.items()]
 
 
 def load_average(run: Run) -> float:
@@ -151,15 +154,14 @@ def system_of(run: Run, costs: Costs, record: Sequence[Run] = ()) -> System:
         costs=costs,
         num_prefill=info.num_prefill,
         num_decode=info.num_decode,
-        egress_gbps=info.link_gbps,
-        ingress_gbps=info.link_gbps,
+        egress_gbps=info.link_gbps,  # replays shape what leaves an instance, not what enters one
         latency_s=info.link_latency_s + handoff_s(run),
         overlap=info.overlap,
         background_pack=info.background_pack,
         reserves_early=info.reserves_early,
         capacity_bytes=info.kv_capacity_bytes,
         max_batch=info.max_batch,
-        seal_per_token_s=seal_per_token_s(run),
+        seal_per_token_s=seal_per_token_s(run, record),
         prefill_beside=prefill_beside,
         decode_beside=decode_beside,
     )

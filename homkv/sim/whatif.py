@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 from homkv.errors import CapacityError, UnsupportedError
@@ -226,9 +228,8 @@ def sweep_links(
     sized: Scenario, requests: Sequence[Request], prices: Prices, gbps: Sequence[float], formats: Sequence[str]
 ) -> Iterator[Point]:
     """The same instances and requests behind faster and slower links."""
-    for value in gbps:
-        for name in formats:
-            yield Point("link_gbps", value, evaluate(replace(sized, link_gbps=value, format=name), requests, prices))
+    for value, name in product(gbps, formats):
+        yield from _served("link_gbps", value, partial(replace, sized, link_gbps=value, format=name), requests, prices)
 
 
 def sweep_rates(
@@ -239,18 +240,26 @@ def sweep_rates(
         rate = rate_of(requests) * factor
         faster = poisson_arrivals(requests, rate)
         for name in formats:
-            yield Point("requests_per_s", rate, evaluate(sized.with_format(name), faster, prices))
+            yield from _served("requests_per_s", rate, partial(sized.with_format, name), faster, prices)
 
 
 def sweep_prompts(
-    scenario: Scenario, requests: Sequence[Request], prices: Prices, tokens: Sequence[int], formats: Sequence[str]
-) -> Iterator[Point]:
+    scenario: Scenario, requests: Sequence[Request], prices: Prices, tokens: Sequence[int], formats: Sequence[str],
+    utilisation: float = UTILISATION,
+) -> Iterator[Point]:  # fmt: skip
     """Prompts of one length each, arriving as the requests do, instances sized anew for every format and length."""
     for value in tokens:
         fixed = [Request(r.request_id, r.arrival_s, value, r.output_tokens) for r in requests]
         for name in formats:
-            try:
-                sized = size(scenario.with_format(name), rate_of(fixed), *lengths(fixed))
-            except CapacityError:  # this format cannot serve this length here: a gap in its line says so
-                continue
-            yield Point("prompt_tokens", value, evaluate(sized, fixed, prices))
+            sizing = partial(size, scenario.with_format(name), rate_of(fixed), *lengths(fixed), utilisation)
+            yield from _served("prompt_tokens", value, sizing, fixed, prices)
+
+
+def _served(
+    axis: str, value: float, deployment: Callable[[], Scenario], requests: Sequence[Request], prices: Prices
+) -> list[Point]:
+    """One point; none where this format cannot serve this here: a gap in its line says so."""
+    try:
+        return [Point(axis, value, evaluate(deployment(), requests, prices))]
+    except CapacityError:
+        return []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from homkv.bench.jct.summary import measured, rates_at_p99
+from homkv.bench.jct.summary import measured, rates_at_p99, tails
 from homkv.bench.pd import nixl
 from homkv.bench.pd.cell import run_cell
 from homkv.bench.pd.messages import Cell, Closed
@@ -74,7 +74,7 @@ def test_a_record_of_a_whole_run(tmp_path: Path) -> None:
     assert small.mean("wire_bytes") < base.mean("wire_bytes")
     assert [r.prompt_tokens for r in base.requests] == [r.prompt_tokens for r in small.requests]
     assert len(base.runs) == len(small.runs) == 2
-    assert rates_at_p99([base, small], "0.8") == []  # one load says nothing
+    assert rates_at_p99(tails([base, small]), "0.8") == []  # one load says nothing
 
 
 def test_a_cell_that_fails_is_left_out_and_the_next_one_runs(tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_a_cell_that_fails_is_left_out_and_the_next_one_runs(tmp_path: Path) -> 
     )  # fmt: skip
     bench = PdBench(options, Console(quiet=True))
     runs = bench.run()
-    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/0.0/0.000233GiB/0"]
+    assert [run.info.run_id for run in runs] == ["tiny/1/small/overlap/50rps/0.000233GiB/0"]
     (left_out,) = read_left_out(options.record)
-    assert left_out.run_id == "tiny/1/bf16/overlap/0.0/0.000233GiB/0"
+    assert left_out.run_id == "tiny/1/bf16/overlap/50rps/0.000233GiB/0"
     assert "CapacityError" in left_out.reason
     assert bench.skipped == [f"{left_out.run_id}: {left_out.reason}"]
     assert (runs[0].info.peak_kv_bytes or 0) <= 250_000
@@ -102,10 +102,10 @@ def test_a_link_that_does_not_open_costs_its_own_cells(tmp_path: Path, monkeypat
         links=("nixl", "1"), rate_rps=50.0, requests=2, slots=2, budget_s=600,
     )  # fmt: skip
     runs = PdBench(options, Console(quiet=True)).run()
-    assert [run.info.run_id for run in runs] == [f"tiny/1/{name}/overlap/0.0/0" for name in ("fp8", "small")]
+    assert [run.info.run_id for run in runs] == [f"tiny/1/{name}/overlap/50rps/0" for name in ("fp8", "small")]
     first, second = read_left_out(options.record)
     assert "No module named 'nixl'" in first.reason
-    assert second.run_id == "tiny/nixl/small/overlap/0.0/0"
+    assert second.run_id == "tiny/nixl/small/overlap/50rps/0"
     assert second.reason.startswith("the link nixl did not open")
 
 
@@ -188,9 +188,11 @@ def test_the_command_line_becomes_options(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_estimate_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "bench pd --devices cuda:0,cuda:1 --link 25 --link nixl --load 0.8 --requests 4 --estimate h100"
+    words = "bench pd --devices cuda:0,cuda:1 --link 25 --link nixl --load 0.8 --load 3 --requests 4 --estimate h100"
     monkeypatch.setattr(sys, "argv", ["homkv", *words.split()])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code in (0, None)
-    assert capsys.readouterr().out.count("/overlap/0.8/0") == 2 * 5
+    out = capsys.readouterr().out
+    assert out.count("/overlap/0.8/0") == 2 * 5
+    assert out.count("long, NIXL") == 5  # requests per second at equal P99

@@ -55,6 +55,19 @@ def test_whatif_answers_and_sweeps(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+def test_sweeps_begin_with_the_first_format_that_fits(tmp_path: Path) -> None:
+    """A 20 GB card holds no 16-bit KV of these prompts beside the weights of Llama-3.1-8B: its lines have gaps."""
+    table = tmp_path / "w.jsonl"
+    out = invoke(
+        "whatif", "--gpu", "rtx4000ada", "--model", "llama-3.1-8b", "--prefill-tp", "1", "--decode-tp", "1",
+        "--link-gbps", "10", "--requests", "100", "--requests-per-s", "0.1", "--sweep", "--json", str(table),
+    )  # fmt: skip
+    assert "fp16 cannot serve this" in out
+    points = [row for row in map(json.loads, table.read_text().splitlines()) if row["kind"] == "sim-sweep"]
+    assert {p["format"] for p in points if p["axis"] == "link_gbps"} == {"fp8", "balanced", "small"}
+    assert max(p["value"] for p in points if p["axis"] == "prompt_tokens" and p["format"] == "fp16") == 8192
+
+
 def test_whatif_can_say_no() -> None:
     out = invoke("whatif", "--model", "llama-8b", "--profile", "short", "--requests", "60", "--gpu", "h200")
     assert "fp16, 1 prefill and 1 decode" in out

@@ -87,6 +87,17 @@ def test_what_sealing_takes_is_by_the_token() -> None:
     assert seal_per_token_s(Run(info, ())) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"), [({}, 0.002), ({"machine": "another"}, 0.0), ({"kv_cache_dtype": "another"}, 0.0)]
+)
+def test_what_sealing_takes_may_come_from_another_record(change: dict[str, str], expected: float) -> None:
+    """Of the same format on the same devices: earlier records did not time it."""
+    info = RunInfo(run_id="r", source="replay", model="m", kv_cache_dtype="hack-2026", command="", machine="m")
+    sample = StepSample(run_id="r", stage="seal", batch=1, tokens=64, seconds=0.128)
+    later = Run(info, (), (sample,))
+    assert seal_per_token_s(Run(msgspec.structs.replace(info, **change), ()), [later]) == pytest.approx(expected)
+
+
 def test_a_pipeline_is_refused(round_costs: Any) -> None:
     with pytest.raises(UnsupportedError, match="expected one stage"):
         simulate(System(round_costs(stages=2), prefill_beside=2.0), [Request("0", 0.0, 10, 2)])

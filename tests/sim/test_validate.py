@@ -46,7 +46,7 @@ def recorded(path: Path, costs: Any, **changes: Any) -> Path:
 
 def test_a_faithful_record_is_reproduced(tmp_path: Path, round_costs: Any) -> None:
     costs = round_costs(pack_token_s=1e-4, unpack_token_s=2e-4)
-    (found,) = validate(recorded(tmp_path / "r.jsonl", costs))
+    (found,) = validate([recorded(tmp_path / "r.jsonl", costs)])
     assert found.mean_error == pytest.approx(0, abs=1e-6)
     assert found.p99_error == pytest.approx(0, abs=1e-6)
     assert found.holds
@@ -61,15 +61,15 @@ def test_turns_of_one_configuration_are_pooled(tmp_path: Path, round_costs: Any)
         lines = [run.info, *run.steps, *run.requests]
         paths.append(tmp_path / f"{turn[0]}.jsonl")
         write_record(paths[-1], [msgspec.structs.replace(line, run_id=turn) for line in lines], append=True)
-    first, *_ = validate(tmp_path / "r.jsonl")
-    (both,) = validate(paths[0])
+    first, *_ = validate([tmp_path / "r.jsonl"])
+    (both,) = validate([paths[0]])
     assert (both.run_id, both.requests) == ("a", 400)
     assert both.pairs == first.pairs * 2
     assert both.turns_jct_s == pytest.approx([first.measured_jct_s] * 2)
     assert both.noise == pytest.approx(0)
     assert both.measured_jct_s == pytest.approx(first.measured_jct_s)
     assert both.measured_phases_s == pytest.approx(first.measured_phases_s)
-    (alone,) = validate(paths[2])
+    (alone,) = validate([paths[2]])
     assert (alone.run_id, alone.requests) == ("b", 200)
 
 
@@ -80,7 +80,7 @@ def test_noise_is_the_farthest_turn(tmp_path: Path, round_costs: Any) -> None:
         slow = [msgspec.structs.replace(r, jct_s=times * r.jct_s) for r in run.requests]
         lines = [msgspec.structs.replace(line, run_id=turn) for line in (run.info, *run.steps, *slow)]
         write_record(tmp_path / "a.jsonl", lines, append=True)
-    (found,) = validate(tmp_path / "a.jsonl")
+    (found,) = validate([tmp_path / "a.jsonl"])
     assert found.noise == pytest.approx(0.2)
     assert found.mean_error == pytest.approx(1 / 1.25 - 1)
 
@@ -91,13 +91,13 @@ def test_turns_beside_other_work_are_left_out(tmp_path: Path, round_costs: Any) 
         lines = [msgspec.structs.replace(line, run_id=turn) for line in (run.info, *run.steps, *run.requests)]
         lines[0] = msgspec.structs.replace(lines[0], options={"load_average": load})
         write_record(tmp_path / "a.jsonl", lines, append=True)
-    (both,), (quiet,) = validate(tmp_path / "a.jsonl"), validate(tmp_path / "a.jsonl", max_load=3.0)
+    (both,), (quiet,) = validate([tmp_path / "a.jsonl"]), validate([tmp_path / "a.jsonl"], max_load=3.0)
     assert (len(both.turns_jct_s), len(quiet.turns_jct_s)) == (2, 1)
-    assert validate(tmp_path / "a.jsonl", max_load=1.0) == []
+    assert validate([tmp_path / "a.jsonl"], max_load=1.0) == []
 
 
 def test_another_link_is_noticed(tmp_path: Path, round_costs: Any) -> None:
-    (found,) = validate(recorded(tmp_path / "r.jsonl", round_costs(), link_gbps=0.001))
+    (found,) = validate([recorded(tmp_path / "r.jsonl", round_costs(), link_gbps=0.001)])
     assert not found.holds
     assert found.mean_error > 0.1
 
@@ -108,10 +108,10 @@ def test_step_times_are_needed(tmp_path: Path, round_costs: Any) -> None:
         kept = [s for s in run.steps if s.stage != stage]
         write_record(tmp_path / "s.jsonl", [run.info, *kept, *run.requests])
         with pytest.raises(TraceError, match=f"step lines of {stage}"):
-            validate(tmp_path / "s.jsonl")
+            validate([tmp_path / "s.jsonl"])
     write_record(tmp_path / "s.jsonl", [run.info, *run.steps, run.requests[0]])
     with pytest.raises(TraceError, match="at least two requests"):
-        validate(tmp_path / "s.jsonl")
+        validate([tmp_path / "s.jsonl"])
 
 
 def test_fits_are_never_negative_and_use_what_they_can_tell() -> None:

@@ -136,20 +136,39 @@ def rate_at_p99(points: Sequence[tuple[float, float]], target_s: float, name: st
     return RateAtP99(name, target_s, points[-1][0], True)
 
 
-def rates_at_p99(summaries: Sequence[Summary], load: str) -> list[tuple[str, RateAtP99]]:
-    """What every format serves while its P99 is at most 16 bits' at ``load``, by workload and link.
+@dataclass(frozen=True)
+class Tail:
+    """A format's P99 at one rate of arrivals. ``place``: workload and link; ``load``: the rate's share, as named."""
 
-    Of records of `homkv bench pd`, whose options have loads and rates; nothing where only one load was measured.
+    place: str
+    name: str
+    load: str
+    rate_rps: float
+    p99_s: float
+
+
+def tails(summaries: Iterable[Summary]) -> list[Tail]:
+    """Of records of `homkv bench pd`, whose options have loads and rates; of others nothing."""
+    return [
+        Tail(place_of(s), s.name, s.options["load"], float(s.options["rate_rps"]), s.percentile("jct_s", 99))
+        for s in summaries
+        if "rate_rps" in s.options
+    ]
+
+
+def rates_at_p99(tails: Sequence[Tail], load: str) -> list[tuple[str, RateAtP99]]:
+    """What every format serves while its P99 is at most 16 bits' at ``load``, by place.
+
+    Nothing where only one load was measured.
     """
-    out, with_rates = [], [s for s in summaries if "rate_rps" in s.options]
-    for place in dict.fromkeys(place_of(s) for s in with_rates):
-        here = [s for s in with_rates if place_of(s) == place]
-        if len({s.options["load"] for s in here}) < 2:
+    out = []
+    for place in dict.fromkeys(t.place for t in tails):
+        here = [t for t in tails if t.place == place]
+        target = next((t for t in here if (t.name, t.load) == (BASELINES[0], load)), None)
+        if target is None or len({t.load for t in here}) < 2:
             continue
-        target = next((s for s in here if s.name == BASELINES[0] and s.options["load"] == load), None)
-        for name in dict.fromkeys(s.name for s in here):
-            points = [(float(s.options["rate_rps"]), s.percentile("jct_s", 99)) for s in here if s.name == name]
-            rate = None if target is None else rate_at_p99(points, target.percentile("jct_s", 99), name)
+        for name in dict.fromkeys(t.name for t in here):
+            rate = rate_at_p99([(t.rate_rps, t.p99_s) for t in here if t.name == name], target.p99_s, name)
             if rate is not None:
                 out.append((place, rate))
     return out

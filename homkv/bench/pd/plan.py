@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from homkv.bench.pd.options import PdOptions, PrefillName
+from homkv.bench.pd.points import check_distinct
 from homkv.errors import HomkvError, UnsupportedError
 
 Unset = msgspec.UnsetType
@@ -44,7 +45,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_plan(path: Path, base: PdOptions) -> list[PdOptions]:
-    """The plan's legs over ``base``. Raises UnsupportedError for a file that is no plan, ShapeError as PdOptions."""
+    """The plan's legs over ``base``.
+
+    Raises UnsupportedError for a file that is no plan, ShapeError as PdOptions and check_distinct.
+    """
     try:
         plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
     except (OSError, ValueError) as error:
@@ -57,4 +61,5 @@ def read_plan(path: Path, base: PdOptions) -> list[PdOptions]:
             out.append(replace(base, **dict(leg.changes())))
         except HomkvError as error:
             raise type(error)(f"{path}, leg {number}: {error}") from error
+    check_distinct(out)
     return out

@@ -87,17 +87,28 @@ class Pool:
 
     def _start(self, deadline_s: float) -> None:
         options, token = self.options, secrets.token_hex(16)
+        port = None if self._store is None else self._store.port
         for rank, device in enumerate((*options.prefill, *options.decode)):
             role: Role = "prefill" if rank < self.num_prefill else "decode"
             self._spawn(rank)
-            port = None if self._store is None else self._store.port
             self.send(
                 [rank],
                 Start(
-                    role, rank, self.num_prefill, self.num_decode, device, options.model, token, options.lanes,
-                    options.chunk_bytes, options.max_unsent_bytes, port, options.threads, options.use_nixl,
+                    role=role,
+                    rank=rank,
+                    num_prefill=self.num_prefill,
+                    num_decode=self.num_decode,
+                    device=device,
+                    model=options.model,
+                    token=token,
+                    lanes=options.lanes,
+                    chunk_bytes=options.chunk_bytes,
+                    max_unsent_bytes=options.max_unsent_bytes,
+                    store_port=port,
+                    threads=options.threads,
+                    use_nixl=options.use_nixl,
                 ),
-            )  # fmt: skip
+            )
         hellos = self.gather(Hello, range(len(self._processes)), deadline_s)
         ports = [hellos[rank].port for rank in self.decode_ranks]
         self.send(range(len(self._processes)), Connect(ports))
@@ -139,10 +150,12 @@ class Pool:
         return Path(self._folder.name) / f"worker{rank}.log"
 
     def log(self, rank: int) -> str:
-        """The last lines that a worker wrote to standard error."""
-        if not self._log(rank).exists():
+        """The last lines that a worker wrote to standard error; nothing once the pool is closed."""
+        try:
+            text = self._log(rank).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
             return ""
-        return "\n".join(self._log(rank).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        return "\n".join(text.splitlines()[-LOG_LINES:])
 
     def send(self, ranks: Sequence[int], message: Any) -> None:
         """Give an order to workers. Raises CellError if one is gone."""

@@ -170,10 +170,11 @@ class PrefillWorker(Worker):
 
     def _open(self, cell: Cell) -> None:
         """Make the cell's settings ours. A new format or length is warmed up and timed first."""
-        key = (cell.format, cell.prefill, cell.prompts)
+        key = (cell.format, cell.kind, cell.prefill, cell.prompts)  # between devices a digest belongs to packing
         self._cell, self._form = cell, make_form(self.shape, cell.format)
+        shaper = LinkShaper(cell.link_gbps)  # of this worker's interface, which all its connections share
         for link in self._tcp:
-            link.shaper = LinkShaper(cell.link_gbps)
+            link.shaper = shaper
             link.digests.reset()
         if key not in self._steps:
             self._steps[key] = self._time_steps(cell)

@@ -5,7 +5,7 @@ Formats take turns at every point, so that a run that is cut short has compared 
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import msgspec
@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from homkv.bench.generate import MODELS
 from homkv.bench.pd.capacity import capacity_rps, seconds_on_link
 from homkv.bench.pd.cell import Outcome, run_cell
-from homkv.bench.pd.forms import Form, make_form
+from homkv.bench.pd.forms import make_form
 from homkv.bench.pd.messages import DEVICE_LINKS
-from homkv.bench.pd.options import BASE, PdOptions
-from homkv.bench.pd.points import Point, base_point, budget_bytes, points_at
+from homkv.bench.pd.options import PdOptions
+from homkv.bench.pd.points import Point, budget_bytes, walk
 from homkv.bench.pd.pool import CellError, Pool, PoolOptions
 from homkv.bench.pd.probe import probe, probe_beside
 from homkv.bench.rows import command_line
@@ -58,10 +58,9 @@ class PdBench:
         try:
             with Progress(*columns, console=self.console, transient=True) as progress:
                 task = progress.add_task("starting workers", total=None)
-                for leg in self.legs:
-                    for point in self._points(leg):
-                        progress.update(task, description=point.run_id, total=len(point.requests), completed=0)
-                        self._measure(point, lambda: progress.advance(task))
+                for _, point in walk(self.legs, self._capacity, self._done):
+                    progress.update(task, description=point.run_id, total=len(point.requests), completed=0)
+                    self._measure(point, lambda: progress.advance(task))
         finally:
             self._close()
         return self.recorded()
@@ -71,29 +70,11 @@ class PdBench:
         record = self.options.record
         return list(read_record(record).values()) if record.exists() else []
 
-    def _points(self, leg: PdOptions) -> Iterator[Point]:
-        """Point by point, the formats of each in turn. What was measured already is not measured again."""
-        for workload in leg.workloads:
-            for link in leg.links:
-                for load, rate_rps in self._rates(leg, workload, link):
-                    for point in points_at(leg, workload, link, load, rate_rps):
-                        if point.run_id not in self._done:
-                            yield point
-
-    def _rates(self, leg: PdOptions, workload: str, link: str) -> list[tuple[float, float]]:
-        """Loads and requests per second."""
-        if leg.rate_rps is not None:
-            return [(0.0, leg.rate_rps)]
-        lengths, base = leg.lengths[workload], base_point(leg, workload, link)
+    def _capacity(self, leg: PdOptions, base: Point) -> float | None:
+        """What the baseline can serve, by its steps at rest; None if they could not be timed."""
         if not self._try(base, lambda pool, deadline_s: self._probe(pool, base, deadline_s)):
-            return []
-        workers = (len(leg.prefill_devices), len(leg.decode_devices))
-        steps, form = self._steps[base.key], self._form(BASE)
-        capacity = capacity_rps(steps, lengths, base.cell, form, workers, leg.shares_a_gpu)
-        return [(load, load * capacity) for load in leg.loads]
-
-    def _form(self, name: str) -> Form:
-        return make_form(self.shape, name)
+            return None
+        return capacity_rps(leg, base, self._steps[base.key])
 
     def _measure(self, point: Point, on_done: Callable[[], None]) -> None:
         """One point, into the record."""
@@ -174,13 +155,13 @@ class PdBench:
         if self.options.shares_a_device:
             place = (point.workload, point.cell.format)
             if not point.cell.kv_budget_bytes:  # a budget may not hold two sequences
-                link_s = seconds_on_link(point.cell, self._form(point.cell.format), point.cell.prompts[0])
+                link_s = seconds_on_link(point.cell, self.options.model, point.cell.prompts[0])
                 self._beside[place] = probe_beside(pool, point.cell, steps, link_s, deadline_s)
             steps += self._beside.get(place, [])
         self._steps[point.key] = steps
 
     def _write(self, point: Point, outcome: Outcome, pool: Pool) -> None:
-        form = self._form(point.cell.format)
+        form = make_form(self.shape, point.cell.format)
         info = run_info(self.options, point, outcome, pool)
         steps = self._steps[point.key]
         lines: list[Line] = [info, *(with_run(step, point.run_id) for step in steps)]
@@ -201,7 +182,7 @@ def run_info(options: PdOptions, point: Point, outcome: Outcome, pool: Pool) -> 
     where = "XXH3-128 on both hosts" if cell.kind == "tcp" else "64-bit sums on both devices"
     extra = {
         "case": point.case,
-        "variant": "" if cell.overlap else "(no overlap)",
+        "variant": point.variant,
         "load": f"{point.load:g}",
         "rate_rps": f"{point.rate_rps:.4f}",
         "link": cell.link,
