@@ -14,7 +14,16 @@ from rich.table import Table
 from homkv.bootstrap import Estimate, resolved
 from homkv.eval.names import shown
 from homkv.eval.record import CALIBRATION, EXACT, Case, Record, Run, Size, Speed
-from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
+from homkv.eval.summary import (
+    QUARTERS,
+    Choices,
+    Setting,
+    Summary,
+    by_setting,
+    other_choices,
+    summarize,
+    unresolved,
+)
 from homkv.spec import ALL_PRESETS
 
 HEADINGS = ("format", "KL [95 %]", "ppl", "top-1", "drift", "pass-key", "copy", "bits", "sent", "32k", "x 16-bit")
@@ -27,13 +36,14 @@ class Report:
     """Everything about one model, best KL first; ``sizes speeds`` by format.
 
     ``summaries``: texts of the setting ``main``, of which there are most, and everything that is no text; ``others``:
-    KL by setting and format; ``failed``: what a format could not hold.
+    KL by setting and format; ``choices``: over all settings; ``failed``: what a format could not hold.
     """
 
     model: str
     main: Setting | None
     summaries: tuple[Summary, ...]
     others: Mapping[Setting, Mapping[str, Summary]]
+    choices: Mapping[str, Choices]
     sizes: Mapping[str, Size]
     speeds: Mapping[str, Speed]
     unresolved: tuple[tuple[str, str], ...]
@@ -49,6 +59,7 @@ class Report:
                 asdict(setting) | {"formats": [asdict(row) for row in rows.values()]}
                 for setting, rows in self.others.items()
             ],
+            "choices": {name: asdict(row) for name, row in self.choices.items()},
             "sizes": {name: to_builtins(size) for name, size in self.sizes.items()},
             "speeds": {name: to_builtins(speed) for name, speed in self.speeds.items()},
             "unresolved": [list(pair) for pair in self.unresolved],
@@ -78,6 +89,7 @@ def make_report(records: Sequence[Record]) -> Report:
         main=main,
         summaries=tuple(summaries),
         others={s: {x.format: x for x in summarize(settings[s])} for s in sorted(settings) if s != main},
+        choices=other_choices(cases),
         sizes={r.format: r for r in sizes},
         speeds={r.format: r for r in records if isinstance(r, Speed) and r.model == model},
         unresolved=tuple(unresolved(texts)),
@@ -154,6 +166,23 @@ def interval_rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
+CHOICES = ("format", "tokens", "per 1,000", "all in bfloat16, on the same", "more than bfloat16")
+
+
+def choice_rows(report: Report) -> list[tuple[str, ...]]:
+    """How often formats prefer another token than the exact model, under CHOICES: the fewest first."""
+
+    def thousands(found: Estimate) -> str:
+        low, high = (None if x is None else 1000 * x for x in (found.low, found.high))
+        return interval(Estimate(1000 * found.mean, low, high), 1)
+
+    rows = sorted(report.choices.items(), key=lambda pair: pair[1].more.mean)
+    return [
+        (shown(name), f"{c.tokens:,}", f"{1000 * c.share:.1f}", f"{1000 * c.bf16:.1f}", thousands(c.more))
+        for name, c in rows
+    ]
+
+
 def other_rows(report: Report) -> list[tuple[str, ...]]:
     """KL in the other settings, one column each; with the number of texts where these are not all."""
     order = dict.fromkeys(name for rows in report.others.values() for name in rows)
@@ -193,6 +222,7 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
     found = [
         ("95 % intervals of the rest", INTERVALS, interval_rows(report)),
         ("Written greedily", WRITTEN, written_rows(report)),
+        ("Another most likely token than the exact model's, texts of all lengths", CHOICES, choice_rows(report)),
         ("Pass-keys by tokens of the prompt", ("format", *(f"{n:,}" for n in lengths)), length_rows(report, lengths)),
         ("KL at other lengths (prefix + scored tokens) and prefills", ("format", *settings), other_rows(report)),
         ("Drift: KL by quarters of the longest scored tail", quarters, drift_rows(report)),

@@ -198,3 +198,33 @@ def unresolved(cases: Sequence[Case]) -> list[tuple[str, str]]:
         if not shared or not resolved(difference([by_format[a][i] for i in shared], [by_format[b][i] for i in shared])):
             pairs.append((a, b))
     return pairs
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How often another token than the exact model's is the most likely one, on ``tokens`` teacher-forced tokens of all
+    lengths: by the format, by the whole model in bfloat16 on the same, and the paired difference. Shares."""
+
+    tokens: int
+    share: float
+    bf16: float
+    more: Estimate
+
+
+def other_choices(cases: Sequence[Case]) -> dict[str, Choices]:
+    """By format, where bfloat16 was measured on the same texts. A model that chooses so writes another text then."""
+    by_format: dict[str, dict[tuple[int, int, str], Case]] = {}
+    for c in cases:
+        if c.task == "text" and c.prefill == "exact" and not c.error:
+            by_format.setdefault(c.format, {})[c.prefix, len(c.kl), c.item] = c
+    bf16, found = by_format.pop(MODEL_BF16, {}), dict[str, Choices]()
+    for name, texts in by_format.items():
+        shared = sorted(texts.keys() & bf16.keys())
+        if not shared or name == EXACT:
+            continue
+        weights = [float(len(texts[at].top1)) for at in shared]
+        own, its = ([1 - mean(ones(of[at].top1)) for at in shared] for of in (texts, bf16))
+        found[name] = Choices(
+            round(sum(weights)), estimate(own, weights).mean, estimate(its, weights).mean, difference(own, its, weights)
+        )
+    return found

@@ -27,7 +27,7 @@ from homkv.eval.record import CALIBRATION, MODEL_BF16, Case, Size, Speed, read_r
 from homkv.eval.report import make_report, markdown, notes
 from homkv.eval.run import Conditions, measure_cases
 from homkv.eval.sizes import measure_size, measure_sizes, measure_speed
-from homkv.eval.summary import summarize, unresolved
+from homkv.eval.summary import Choices, summarize, unresolved
 from homkv.formats import make_codec
 from homkv.formats.rows import RowsCodec
 from homkv.models import BUNDLES, LoadedModel
@@ -163,7 +163,7 @@ def test_a_run_resumes_and_reports(loaded: LoadedModel, tmp_path: Path) -> None:
     assert small.num_tokens == 3 * 39
     assert len(small.drift) == 4
     page = markdown(report, "homkv eval", ["a.png"])
-    assert page.count("\n| small |") == 3  # the main table, intervals and drift
+    assert page.count("\n| small |") == 4  # the main table, intervals, choices and drift
     assert "![a.png](a.png)" in page
     json.dumps(report.as_json())
 
@@ -296,6 +296,20 @@ def test_summaries_count_and_say_what_is_not_resolved() -> None:
     assert a.perplexity == pytest.approx(math.e)
     assert a.perplexity_ratio is None  # nothing to compare with
     assert unresolved(texts) == [("a", "b")]
+
+
+def test_other_choices_are_counted_against_bfloat16_over_all_lengths() -> None:
+    flags = {"a": ["1101", "11111110"], MODEL_BF16: ["0101", "11110000"], "b": ["1111"]}
+    cases = [
+        msgspec.structs.replace(case(name, f"{i}", [0.1] * len(top1)), prefix=9 + i, top1=top1)
+        for name, texts in flags.items()
+        for i, top1 in enumerate(texts)
+    ]
+    found = make_report(cases).choices
+    assert found["a"] == Choices(12, pytest.approx(2 / 12), pytest.approx(6 / 12), Estimate(-4 / 12, None, None))
+    assert found["b"].tokens == 4  # of the text that both have
+    page = markdown(make_report(cases), "homkv eval", [])
+    assert "| a | 12 | 166.7 | 500.0 | -333.3 |" in page
 
 
 def test_intervals_of_the_rest_are_paired_with_the_model_itself() -> None:
