@@ -70,6 +70,8 @@ def backend(kv: str, shape: str) -> Any:
 
 def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
     """An engine with ``--kv-gib`` of KV."""
+    from homkv.vllm import COUNT_NANS, SCHEDULER
+
     plan, length = backend(kv, options.shape), options.prompt_tokens + options.new_tokens
     usual: dict[str, Any] = {
         "model": folder, "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16",
@@ -93,7 +95,8 @@ def engine(options: argparse.Namespace, kv: str, folder: str) -> Any:
         }
         usual["enforce_eager"] = True
     if plan:
-        usual |= {"block_size": plan.block_size}
+        usual |= {"block_size": plan.block_size, "scheduler_cls": SCHEDULER}
+        os.environ[COUNT_NANS] = "1"
     usual["kv_cache_dtype"] = kv if kv in STOCK else "auto"
     from vllm import LLM
 

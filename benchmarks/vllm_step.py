@@ -79,7 +79,7 @@ def main() -> None:
     q = torch.randn(batch, ROWS, 1, DIM, dtype=torch.bfloat16, device=GPU)
 
     def store_and_view() -> LayerView:
-        return store.step(kept.pages, exact, kept.lengths, k, v, kept.status)
+        return store.step(kept.pages, exact, kept.lengths, k, v)[0]
 
     view = store_and_view()
     parts: dict[str, Callable[[], object]] = {

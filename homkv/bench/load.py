@@ -76,8 +76,8 @@ class LoadResult:
         return [] if self.options.duration_s is None else growth(self.samples)
 
     def left_behind(self) -> dict[str, float]:
-        """What the service still holds although nothing runs; known where samples were taken."""
-        return {} if self.options.sample_s is None else left_behind(self.samples)
+        """What the service still holds although nothing runs."""
+        return left_behind(self.samples)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the key, and of the samples only the first and the last."""
@@ -149,8 +149,7 @@ class Load:
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
-            if o.sample_s is not None:
-                await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(SETTLE_S)
             await self._sample(client)
         return LoadResult(o, wall_s, self._streams, self._max_open, self._samples, self._late_s)
 

@@ -1,5 +1,6 @@
 """``homkv``: one command per file. Heavy imports happen inside the commands, so that ``--help`` is quick."""
 
+import importlib.metadata
 import sys
 from typing import Annotated
 
@@ -41,15 +42,27 @@ app.command("trace")(trace.trace)
 app.command(
     "serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )(serve.serve)
-app.command("serve-vllm", hidden=True, context_settings={"allow_extra_args": True})(serve_vllm.serve)
+app.command(serve_vllm.COMMAND, hidden=True, context_settings={"allow_extra_args": True})(serve_vllm.serve)
 app.add_typer(keys.app, name="keys")
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
 app.add_typer(sim.app, name="sim")
 
 
+def say_version(wanted: bool) -> None:
+    """Print the installed version, and nothing else."""
+    if wanted:
+        print(f"homkv {importlib.metadata.version('homkv')}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=say_version, is_eager=True)
+    ] = False,
+) -> None:
     """Read the options that stand before the command."""
 
 

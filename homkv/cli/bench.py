@@ -11,7 +11,7 @@ from homkv.cli.bench_jct import jct
 from homkv.cli.bench_pd import pd
 from homkv.cli.bench_report import report
 from homkv.cli.bench_serve import serve
-from homkv.errors import UnsupportedError
+from homkv.errors import ShapeError, UnsupportedError
 from homkv.spec import DEFAULT_FORMAT
 
 app = typer.Typer(help="Measure speed, always beside the best alternative.", no_args_is_help=True)
@@ -47,6 +47,7 @@ def attention(
     On a GPU: every 16-bit peer, fp8, two dequantizing kernels, HACK and our formats take turns; times stand beside the
     time it takes to read the cache once. On the CPU: one thread against PyTorch on one thread.
     """
+    refuse_empty({"--batch": batch, "--context": context})
     chosen = choose_device(device)
     of_cpu = {"--isa": isa, "--repetitions": repetitions, "--max-gib": max_gib}
     of_gpu = {"--quick": quick, "--no-peers": not peers, "--rounds": rounds, "--plots": plots}
@@ -84,6 +85,13 @@ def refuse_foreign(chosen: str, foreign: Mapping[str, object]) -> None:
     for name, value in foreign.items():
         if value:
             raise UnsupportedError(f"expected options for --device {chosen}, found {name}; leave it out")
+
+
+def refuse_empty(sizes: Mapping[str, Iterable[int] | None]) -> None:
+    """Raise ShapeError for a size below 1."""
+    for name, values in sizes.items():
+        if any(value < 1 for value in values or ()):
+            raise ShapeError(f"expected {name} of at least 1, found {min(values or ())}; choose a larger one")
 
 
 def choose_device(device: str) -> str:
@@ -140,6 +148,7 @@ def generate(
     """Time a whole model's decode steps on a GPU: tokens/s and KV memory against 16-bit and fp8 caches."""
     from homkv.bench.generate import GenerateBenchOptions, run
 
+    refuse_empty({"--batch": batch, "--context": context, "--steps": [steps], "--repetitions": [repetitions]})
     usual = GenerateBenchOptions()
     options = GenerateBenchOptions(
         model=model,

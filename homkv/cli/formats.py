@@ -57,6 +57,8 @@ def formats(
     """List every format of --kv-cache-dtype with its true size."""
     if context < 1:
         raise ShapeError(f"expected --context of at least 1 token, found {context}; a typical one is 32768")
+    if head_dim < 1:
+        raise ShapeError(f"expected --head-dim of at least 1 channel, found {head_dim}; models have 64 to 256")
     costs, unsupported = measure(head_dim, context)
     if as_json:
         report = {"head_dim": head_dim, "context": context, "formats": [asdict(c) for c in costs]}
@@ -92,9 +94,10 @@ def render(costs: list[FormatCost], head_dim: int, context: int) -> Table:
         "are in docs/hack.md and docs/rivals.md.",
         title_justify="left",
         caption_justify="left",
+        pad_edge=False,
     )
     table.add_column("format", style="bold", no_wrap=True)
-    table.add_column("layout", style="dim")
+    table.add_column("layout", style="dim", overflow="fold")  # it names the bytes: cut off, it names others
     for heading in ("bits", "sent", "bytes/page", "bytes/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     for c in costs:

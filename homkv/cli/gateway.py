@@ -1,6 +1,7 @@
 """The gateway process of ``homkv serve``: with local instances (all) or with those of other hosts (gateway)."""
 
 import signal
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ def run_gateway(settings: "ServeSettings", role: "Role") -> None:
     console = Console(stderr=True)
     settings.read_api_key()  # an error now, not behind the models
     with ExitStack() as stack:
+        listening = stack.enter_context(_bind(settings.host, settings.port))
         prefills, decodes, security = _instances(settings, role, stack, console)
         tokenizer = load_tokenizer(settings.model)
         limits = DispatchOptions(
@@ -43,17 +45,35 @@ def run_gateway(settings: "ServeSettings", role: "Role") -> None:
         gateway = Gateway(settings, tokenizer, load_context_length(settings.model), dispatcher, metrics)
         config = uvicorn.Config(
             make_app(gateway, dispatcher.close),
-            host=settings.host,
-            port=settings.port,
             log_config=None,
             timeout_graceful_shutdown=int(settings.drain_s) + 1,
             timeout_keep_alive=30,
             backlog=2048,
         )
-        console.print(f"[bold]homkv[/bold] serves {settings.served_name} at http://{settings.host}:{settings.port}/v1")
+        console.print(f"[bold]homkv[/bold] serves {settings.served_name} at {_url(listening)}/v1")
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has shut down: we clean up
             signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run()
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the gateway's port, before models are loaded; who connects is refused until it serves."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise TransferError(
+            f"expected to listen at --host {host} --port {port}, found {error.strerror}; choose others, --port 0 for a "
+            "free one"
+        ) from error
+    return made
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _instances(

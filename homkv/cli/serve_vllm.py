@@ -1,11 +1,12 @@
 """``homkv serve --engine vllm``: stock vLLM with pages as its KV cache, prefill and decode apart, by one command."""
 
 import importlib.util
+import os
 import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,11 +16,10 @@ from homkv.cores import num_cores
 from homkv.errors import UnsupportedError
 from homkv.plan import BASE
 from homkv.spec import ALL_PRESETS, DEFAULT_FORMAT, RowsSpec
+from homkv.vllm.blocks import BlockPlan
+from homkv.vllm.launch import Command, Device, Router, ServeOptions, commands
 
-if TYPE_CHECKING:
-    from homkv.vllm.blocks import BlockPlan
-    from homkv.vllm.launch import Command, Device, Router, ServeOptions
-
+COMMAND = "serve --engine vllm"  # as typed, so that usage and errors name it so
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 console = Console(soft_wrap=True)
 
@@ -41,8 +41,6 @@ def serve(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and start nothing.")] = False,
 ) -> None:
     """Serve a model with vLLM: prefill and decode servers over NIXL and a router. Options behind -- go to vLLM."""
-    from homkv.vllm.launch import ServeOptions, commands
-
     folder, head_dim = _inspect(model)
     options = ServeOptions(
         model=folder,
@@ -57,6 +55,7 @@ def serve(
         port=port,
         max_model_len=max_model_len,
         kv_gib=kv_gib,
+        gpus=_gpus(prefill + decode),
         python="python" if dry_run else sys.executable,
         extra=tuple(ctx.args),
     )
@@ -77,14 +76,15 @@ def routed(args: list[str]) -> list[str]:
     if engine not in ("homkv", "vllm"):
         raise UnsupportedError(f"expected --engine homkv or vllm, found {engine}")
     rest = args[:at] + args[at + 2 :]
-    return ["serve-vllm" if arg == "serve" and engine == "vllm" else arg for arg in rest]
+    return [COMMAND if arg == "serve" and engine == "vllm" else arg for arg in rest]
 
 
-def _run(wanted: "list[Command]", options: "ServeOptions", logs: Path | None) -> None:
+def _run(wanted: list[Command], options: ServeOptions, logs: Path | None) -> None:
     """Start, show where everything listens, and stop in order at a signal."""
     from homkv.vllm.fleet import Fleet
 
-    _require_vllm(options)
+    _require_packages(options)
+    _require_gpus(options)
     for number in (signal.SIGINT, signal.SIGTERM):  # shells start background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     try:
@@ -95,7 +95,7 @@ def _run(wanted: "list[Command]", options: "ServeOptions", logs: Path | None) ->
         console.print("all servers stopped")
 
 
-def _endpoints(wanted: "list[Command]", options: "ServeOptions", logs: Path) -> Table:
+def _endpoints(wanted: list[Command], options: ServeOptions, logs: Path) -> Table:
     table = Table(title=f"{options.served_name} on {options.plan.name}; logs in {logs}")
     for column in ("process", "endpoint", "for"):
         table.add_column(column)
@@ -104,7 +104,7 @@ def _endpoints(wanted: "list[Command]", options: "ServeOptions", logs: Path) -> 
     return table
 
 
-def _device(name: str) -> "Device":
+def _device(name: str) -> Device:
     if name == "auto":
         import torch
 
@@ -114,15 +114,13 @@ def _device(name: str) -> "Device":
     return "cuda" if name == "cuda" else "cpu"
 
 
-def _router(name: str) -> "Router":
+def _router(name: str) -> Router:
     if name not in ("auto", "vllm-router", "proxy"):
         raise UnsupportedError(f"expected --router vllm-router, proxy or auto, found {name!r}")
     return "vllm-router" if name == "vllm-router" or (name == "auto" and shutil.which("vllm-router")) else "proxy"
 
 
-def _plan(kv_cache_dtype: str, head_dim: int, dtype: str) -> "BlockPlan":
-    from homkv.vllm.blocks import BlockPlan
-
+def _plan(kv_cache_dtype: str, head_dim: int, dtype: str) -> BlockPlan:
     if dtype not in DTYPE_BYTES:
         raise UnsupportedError(f"expected --dtype {', '.join(DTYPE_BYTES)}, found {dtype!r}")
     return BlockPlan.of(_rows_format(kv_cache_dtype), head_dim, DTYPE_BYTES[dtype])
@@ -160,7 +158,24 @@ def _inspect(model: str) -> tuple[str, int]:
     return source, int(head_dim)
 
 
-def _require_vllm(options: "ServeOptions") -> None:
+def _gpus(count: int) -> tuple[str, ...]:
+    """The first of the GPUs that this process may use; empty if it may use all, or fewer."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return tuple(named[:count]) if len(named) >= count else ()
+
+
+def _require_gpus(options: ServeOptions) -> None:
+    import torch
+
+    needed = options.num_prefill + options.num_decode if options.is_pair else 1
+    if options.device == "cuda" and torch.cuda.device_count() < needed:
+        raise UnsupportedError(
+            f"expected a GPU for each of {needed} servers on this machine, found {torch.cuda.device_count()}; start "
+            "fewer, or run the commands that --dry-run prints on several machines"
+        )
+
+
+def _require_packages(options: ServeOptions) -> None:
     missing = [name for name in ("vllm", *(["nixl"] if options.is_pair else [])) if not importlib.util.find_spec(name)]
     if missing:
         raise UnsupportedError(

@@ -156,6 +156,11 @@ def _find(name_or_path: str, progress: Progress) -> tuple[str, str]:
         sha256 = file_sha256(path)
         name = next((b.name for b in BUNDLES.values() if b.sha256 == sha256), None)
         return name or name_or_path, str(dequantized(name or path.stem, sha256, lambda: [path], progress))
+    if (path.is_absolute() or name_or_path.startswith(".") or path.suffix == ".gguf") and not path.exists():
+        raise UnsupportedError(
+            f"expected one of {', '.join(BUNDLES)}, a hub name, or a folder or .gguf file, found nothing at "
+            f"{path}; see `homkv models list`"
+        )
     return name_or_path, name_or_path
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from homkv.errors import FormatError
 from homkv.serve.messages import Choice, Sampling
 
+LOWEST_LOGPROB = -9999.0  # what OpenAI says of the most unlikely tokens; JSON has no infinity
+
 
 def choose(logits: Tensor, sampling: Sampling, index: int) -> Choice:
     """Choose token ``index`` of an answer from ``logits [V]``, with the log probabilities that were asked for.
@@ -17,7 +19,7 @@ def choose(logits: Tensor, sampling: Sampling, index: int) -> Choice:
     token = sample(logits, sampling, index)
     if sampling.num_logprobs is None:
         return Choice(token)
-    logprobs = torch.log_softmax(logits.double(), -1)
+    logprobs = torch.log_softmax(logits.double(), -1).clamp(min=LOWEST_LOGPROB)
     best = logprobs.topk(min(sampling.num_logprobs, len(logprobs)))
     top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return Choice(token, float(logprobs[token]), top)

@@ -260,8 +260,9 @@ class Dispatcher:
 
     def _take_token(self, request: Request, token: Token) -> None:
         record = request.record
-        if token.index != len(request.tokens):
-            why = f"expected token {len(request.tokens)} of {request.sequence}, found {token.index}; nothing was used"
+        if token.index != len(request.tokens) or request.ticket is None:
+            awaited = "a ticket" if request.ticket is None else f"token {len(request.tokens)}"
+            why = f"expected {awaited} of {request.sequence}, found token {token.index}; nothing was used"
             self._attempt_failed(request, TransferError(why), request.decode)
             return
         if record.state == State.PREFILLING:
@@ -283,8 +284,9 @@ class Dispatcher:
         self._end_if_complete(request)
 
     def _take_done(self, request: Request, member: Member, done: Done) -> None:
-        if done.num_tokens != len(request.tokens):
-            why = f"expected {done.num_tokens} tokens, found {len(request.tokens)}; ask again"
+        if done.num_tokens != len(request.tokens) or request.record.state != State.DECODING:
+            state = request.record.state
+            why = f"expected {done.num_tokens} tokens, found {len(request.tokens)} and the request {state}; ask again"
             self._attempt_failed(request, TransferError(why), member)
         else:
             request.record.take_decode(done.times, member.clock_offset_s)

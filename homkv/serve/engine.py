@@ -8,7 +8,7 @@ from torch import Tensor
 
 from homkv.attention import api
 from homkv.cache import PagedCache
-from homkv.errors import CapacityError, HomkvError, UnsupportedError
+from homkv.errors import HomkvError, ShapeError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
 from homkv.formats.meter import OVERHEAD
 from homkv.formats.per_layer import require_model
@@ -80,10 +80,10 @@ class Engine(ABC):
         self.num_damaged = 0  # kept pages whose digest had changed
 
     def require(self, num_tokens: int) -> None:
-        """Raise CapacityError if a sequence of this length would never fit, however long it waits."""
+        """Raise ShapeError if a sequence of this length would never fit, however long it waits."""
         needed = self.blocks_for(num_tokens)
         if needed > self.num_blocks:
-            raise CapacityError(
+            raise ShapeError(
                 f"expected a request of at most {self.num_blocks} page blocks, found {needed} for {num_tokens} tokens; "
                 "shorten it or start the decode instance with more --max-tokens"
             )

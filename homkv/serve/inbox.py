@@ -14,7 +14,7 @@ from homkv.transport.assemble import LayerData, SequencePlan
 
 
 def check_reserve(ask: Reserve, engines: Mapping[str, Engine], loaded: LoadedModel) -> None:
-    """Raise ShapeError, FormatError or CapacityError for a request that can never be served."""
+    """Raise ShapeError or FormatError for a request that can never be served."""
     if ask.kv_cache_dtype not in engines:
         raise FormatError(
             f"expected a format of this decode instance ({', '.join(engines)}), found {ask.kv_cache_dtype!r}; "

@@ -122,5 +122,7 @@ class Ledger:
         self._by_id.pop(record.request_id, None)
         with self._lock:
             self.num_accepted -= 1
-        self._on_end(record, error)
-        request.sink(Ended(record, error, reason, request.prefill_done, request.done))
+        try:
+            self._on_end(record, error)
+        finally:  # a bug in there ends the dispatcher, but not before this owner is told
+            request.sink(Ended(record, error, reason, request.prefill_done, request.done))

@@ -31,6 +31,7 @@ def configure(role: str, *, as_json: bool, level: int = logging.INFO) -> None:
 
     def add_role(_: object, __: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:
         fields["role"] = role
+        fields.pop("color_message", None)  # uvicorn's own copy of its text, for terminals
         return fields
 
     shared: list[structlog.typing.Processor] = [

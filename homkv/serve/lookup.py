@@ -54,13 +54,16 @@ class Lookup:
         if response.status_code == 401:
             raise TransferError(f"expected {self._url} to accept our API key, found it refused; give --api-key")
         if response.status_code != 200:
-            raise UnsupportedError(f"expected an answer at {self._url}{path}, found {_reason(response)}")
+            raise UnsupportedError(_reason(response, f"{self._url}{path}"))
         return response
 
 
-def _reason(response: httpx.Response) -> str:
-    """What an error's body says, or its status."""
+def _reason(response: httpx.Response, url: str) -> str:
+    """What an error's body says, whole if it is a message of a gateway, or its status."""
     try:
-        return str(response.json()["error"]["message"])
+        said = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}"
+        said = f"HTTP {response.status_code}"
+    if said.startswith("expected"):
+        return f"{said}; asked {url}"
+    return f"expected an answer at {url}, found {said}; name the service without /v1"

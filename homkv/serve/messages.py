@@ -212,7 +212,7 @@ class Status(_Message, frozen=True):
     incarnation: str  # of the process: another one after a restart
     now_s: float  # of the host's monotonic clock
     model: str  # fingerprint
-    formats: list[str]  # prefill: the source format; decode: what it holds
+    formats: Annotated[list[str], msgspec.Meta(min_length=1)]  # prefill: the source format; decode: what it holds
     counters: dict[str, float]
     gauges: dict[str, float]
 

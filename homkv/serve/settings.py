@@ -12,6 +12,10 @@ from homkv.plan import spelled
 from homkv.spec import DEFAULT_FORMAT
 
 CONFIG_FILE = "homkv.toml"
+HELP = (
+    "Serve a model: all in one, or the role that was named: gateway, prefill or decode. See docs/serving.md. Settings "
+    "may come from --config FILE, a TOML file. With stock vLLM instead: homkv serve --engine vllm --help."
+)
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Role = Literal["all", "gateway", "prefill", "decode"]
@@ -145,8 +149,7 @@ def load_settings(args: list[str] | None = None, config: Path | None = None, **v
         raise UnsupportedError(f"expected a TOML file at {config}, found none; leave --config out for the defaults")
 
     class FromFile(ServeSettings):
-        """Serve a model: all in one, or the role that was named. See docs/serving.md."""
-
+        __doc__ = HELP
         model_config = SettingsConfigDict(toml_file=config or CONFIG_FILE)
 
     FromFile.__name__ = "ServeSettings"

@@ -145,7 +145,7 @@ class LocalCluster:
                 code = process.wait(DEATH_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 continue  # alive
-            said.append(f"the {name} instance ended with code {code}; its log:\n{self.log(name)}")
+            said.append(f"the {name} instance ended with code {code}; {self.log(name)}")
         return "\n".join(said)
 
     def revive(self, name: str) -> None:
@@ -196,7 +196,7 @@ class LocalCluster:
             watchdog.cancel()
         raise TransferError(
             f"expected the {name} instance to start within {self._options.start_timeout_s} s, found it ended with code "
-            f"{process.wait()}; its log:\n{self.log(name)}"
+            f"{process.wait()}; {self.log(name)}"
         )
 
     def _parse(self, name: str, line: str) -> Starting | Ready:
@@ -209,8 +209,12 @@ class LocalCluster:
             ) from error
 
     def log(self, name: str) -> str:
-        """The last lines that an instance logged."""
-        return "\n".join((self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-LOG_LINES:])
+        """The last lines that an instance logged, or where they are."""
+        if self._options.show_logs:
+            return "what it said stands above"
+        return "its log:\n" + "\n".join(
+            (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-LOG_LINES:]
+        )
 
     def close(self) -> None:
         """Ask the children to stop, end those that do not, remove the keys."""

@@ -82,7 +82,13 @@ class TrustStore:
                 message = f"expected a public key per line in {path}, found bytes that are no text"
                 raise TransferError(message) from error
         # a Z85 key may contain '#', so only whole lines are comments
-        return cls(line.strip() for line in lines if line.strip() and not line.startswith("# "))
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("# ")]
+        if not all(map(_is_public, keys)):  # what is there instead is never shown: it may be a secret
+            raise TransferError(
+                f"expected a public key of 40 Z85 characters per line in {path}, found something else; name a .pub or "
+                "trust file"
+            )
+        return cls(keys)
 
     def save(self, path: Path | str) -> None:
         """Write one public key per line; a reader sees the old keys or the new ones. Raises TransferError."""
@@ -100,11 +106,7 @@ class TrustStore:
 
     def add(self, public: str) -> None:
         """Trust a key. Raises TransferError if it is not 40 characters of Z85."""
-        try:
-            valid = len(public) == 40 and len(z85.decode(public)) == 32
-        except (KeyError, ValueError):
-            valid = False
-        if not valid:
+        if not _is_public(public):
             raise TransferError(f"expected a public key of 40 Z85 characters, found {public!r}; see KeyPair.public")
         self._keys.add(public)
 
@@ -137,6 +139,14 @@ class Security:
                 "expected either keys=KeyPair or insecure=True, found "
                 f"{'both' if self.insecure else 'neither'}; KeyPair.generate() makes keys"
             )
+
+
+def _is_public(text: str) -> bool:
+    """Whether it is 40 characters of Z85."""
+    try:
+        return len(text) == 40 and len(z85.decode(text)) == 32
+    except (KeyError, ValueError):
+        return False
 
 
 def _readable(path: Path | str) -> io.BufferedReader:

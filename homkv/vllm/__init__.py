@@ -7,6 +7,8 @@ once. Nothing of vLLM is patched; nothing changes until one of the registered ba
 import os
 
 BACKEND_VARIABLE = "HOMKV_VLLM_BACKEND"  # the backend's name: on CPUs the only switch, on GPUs for formats of your own
+SCHEDULER = "homkv.vllm.scheduling.scheduler"  # for --scheduler-cls: ends requests whose logits are not numbers,
+COUNT_NANS = "VLLM_COMPUTE_NANS_IN_LOGITS"  # which this variable of vLLM's has it count
 
 
 def register() -> None:

@@ -66,7 +66,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
     ) -> StepMetadata:
         """Without speculation vLLM's upper bound of a length is the length.
 
-        Raises FormatError for an earlier step, UnsupportedError for a batch that is not causal throughout.
+        Raises UnsupportedError for a batch that is not causal throughout.
         """
         batch = common_attn_metadata
         refuse_masks(batch)
@@ -79,7 +79,6 @@ class StepMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vl
             tables = page_ids(blocks, self.plan.pages_per_block)
             places = Places.of(lengths, self.plan.ring_blocks)
             return StepMetadata(num_single, chunks, batch.seq_lens, tables, places)
-        self._lasting.check(wait=bool(chunks))
         tables = page_ids(blocks, self.plan.pages_per_block)
         kept = self._lasting.keep(num_single, batch.seq_lens[: batch.num_reqs], tables)
         return StepMetadata(num_single, chunks, kept.lengths, kept.tables, kept)

@@ -18,7 +18,8 @@ from homkv.rope import pairing_of, rope_from_config
 from homkv.vllm.backend import Chunk, StepMetadata
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.exact import ExactLayer
-from homkv.vllm.store import LayerStore, Places, Ring
+from homkv.vllm.scheduling import require_ending
+from homkv.vllm.store import LayerStore, Places, Ring, values_to_store
 
 EXACT_PREFIX = "homkv.layers"
 
@@ -75,6 +76,7 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
             **others,
         }
         refuse(config, arguments)
+        require_ending(config)
         self.raw_dtype = config.model_config.dtype
         self.plan.check(head_size, self.raw_dtype.itemsize, config.cache_config.block_size)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
@@ -126,16 +128,17 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
             store.store_many(table, blocks, chunk.start, key[chunk.at], value[chunk.at], ring)
         n = step.num_single
         if n:
-            view = _store_and_view(store, step, exact[:n], key[:n], value[:n])
+            view, taint = _store_and_view(store, step, exact[:n], key[:n], value[:n])
             o, _ = api.attend(query[:n].unsqueeze(2), view, self.codec, self.scale)
-            output[:n] = o.squeeze(2).to(output.dtype)
+            torch.add(o.squeeze(2), taint[:, None, None], out=output[:n])
         for chunk, ring in zip(step.chunks, rings, strict=True):
             q, k, v = (x[chunk.at].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
             if ring is None:
-                o = causal(q, k, v, self.scale)
+                o = causal(q, k, values_to_store(k, v), self.scale)
             else:
                 row = slice(chunk.row, chunk.row + 1)
-                o = api.extend(q, k, v, store.view(step.tables[row], exact[row], ring), self.codec, self.scale)
+                view = store.view(step.tables[row], exact[row], ring)
+                o = api.extend(q, k, values_to_store(k, v), view, self.codec, self.scale) + store.taint(view)
             output[chunk.at] = o[0].transpose(0, 1).to(output.dtype)
         return output
 
@@ -147,10 +150,16 @@ class PagesImpl(AttentionImpl):  # type: ignore[misc]  # vllm is untyped to us
         return store.ring(exact[chunk.row : chunk.row + 1], before)
 
 
-def _store_and_view(store: LayerStore, step: StepMetadata, exact: Tensor, k: Tensor, v: Tensor) -> LayerView:
-    """Store a token of each of n sequences, and what it attends to; ``exact [n, 1 + R]``, ``k v [n, G, D]``."""
+def _store_and_view(
+    store: LayerStore, step: StepMetadata, exact: Tensor, k: Tensor, v: Tensor
+) -> tuple[LayerView, Tensor]:
+    """Store a token of each of n sequences; return what it attends to, and the taint.
+
+    ``exact [n, 1 + R]``, ``k v [n, G, D]``.
+    """
     n = step.num_single
     if isinstance(step.planned, Places):
         store.store_one(step.tables[:n], exact, step.planned, k, v)
-        return store.view(step.tables[:n], exact, store.ring(exact, step.lengths[:n]), new=1)
-    return store.step(step.planned.pages, exact, step.lengths[:n], k, v, step.planned.status)
+        view = store.view(step.tables[:n], exact, store.ring(exact, step.lengths[:n]), new=1)
+        return view, store.taint(view)
+    return store.step(step.planned.pages, exact, step.lengths[:n], k, v)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from homkv.vllm import BACKEND_VARIABLE
+from homkv.vllm import BACKEND_VARIABLE, COUNT_NANS, SCHEDULER
 from homkv.vllm.blocks import BlockPlan
 
 Device = Literal["cpu", "cuda"]
@@ -32,6 +32,7 @@ class ServeOptions:
     max_model_len: int | None = None
     kv_gib: int = 4  # on CPUs, which have no memory of their own to fill; vLLM takes whole ones
     lease_s: int = 30  # for which a prefill server keeps KV that nobody fetches
+    gpus: tuple[str, ...] = ()  # that servers may use, as CUDA_VISIBLE_DEVICES names them; empty: 0, 1 ...
     python: str = sys.executable  # of an environment with vLLM and homkv
     extra: tuple[str, ...] = ()  # options for every vLLM server
 
@@ -69,6 +70,7 @@ def _server(options: ServeOptions, name: str, index: int, count: int, num_cores:
     argv = [options.python, "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", options.model, "--served-model-name", options.served_name, "--dtype", options.dtype]
     argv += ["--host", options.host, "--port", str(port), "--block-size", str(options.plan.block_size)]
+    argv += ["--scheduler-cls", SCHEDULER]
     if options.max_model_len is not None:
         argv += ["--max-model-len", str(options.max_model_len)]
     if options.device == "cuda":
@@ -89,12 +91,13 @@ def _nixl(options: ServeOptions) -> dict[str, int]:
 def _environment(options: ServeOptions, index: int, count: int, num_cores: int) -> Iterator[tuple[str, str]]:
     """Settings that vLLM reads from the environment only."""
     yield BACKEND_VARIABLE, options.plan.name
+    yield COUNT_NANS, "1"
     if options.device == "cpu":
         first, stop = (max(num_cores, count) * i // count for i in (index, index + 1))
         yield "VLLM_CPU_OMP_THREADS_BIND", f"{first % num_cores}-{(stop - 1) % num_cores}"
         yield "VLLM_CPU_KVCACHE_SPACE", str(options.kv_gib)
-    else:
-        yield "CUDA_VISIBLE_DEVICES", str(index)
+    elif options.is_pair:  # one each; a single server may take several
+        yield "CUDA_VISIBLE_DEVICES", options.gpus[index] if options.gpus else str(index)
     if options.is_pair:
         yield "VLLM_NIXL_SIDE_CHANNEL_HOST", options.host
         yield "VLLM_NIXL_SIDE_CHANNEL_PORT", str(options.port + 1001 + index)

@@ -4,6 +4,9 @@
    says where the KV lies.
 2. The request goes to a decode server with these ``kv_transfer_params``; NIXL fetches the KV, tokens stream back.
 
+One request is one prompt and one answer: the first step's parameters are of one prompt's KV, with which a decode server
+would answer others as well, and whose blocks are given back when it was fetched once. Anything else is refused.
+
 Servers take turns. Nothing is retried: a failed step is an error to the client, and vLLM frees the prefill server's
 blocks when its lease ends (30 s) if no decode server fetched them. ``vllm-router`` does the same with more policies.
 """
@@ -21,9 +24,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
-PREFILL_ONLY = {"stream": False, "max_tokens": 1, "min_tokens": 1}
+PREFILL_ONLY = {"stream": False, "min_tokens": 1}  # one token, no end of text: only then vLLM keeps the KV
 KV_PARAMS = {"do_remote_decode": True, "do_remote_prefill": False}
 HEALTH_TIMEOUT_S = 5
+ONE_ANSWER = (
+    "expected one prompt and one answer (n=1, no beam search) where prefill and decode are apart, found more; send a "
+    "request for each"
+)
 
 
 def problem(status: int, message: str) -> JSONResponse:
@@ -34,9 +41,15 @@ def problem(status: int, message: str) -> JSONResponse:
 def prefill_body(body: dict[str, Any]) -> dict[str, Any]:
     """The first step's request: one token, no stream, KV kept for a decode server."""
     rest = {key: value for key, value in body.items() if key not in ("stream_options", "max_completion_tokens")}
-    if "max_completion_tokens" in body:
-        return rest | {"stream": False, "max_completion_tokens": 1, "kv_transfer_params": KV_PARAMS}
-    return rest | PREFILL_ONLY | {"kv_transfer_params": KV_PARAMS}
+    limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    return rest | PREFILL_ONLY | {limit: 1, "kv_transfer_params": KV_PARAMS}
+
+
+def is_one_answer(body: dict[str, Any]) -> bool:
+    """Whether a request asks for one answer to one prompt; a prompt may be a list of token ids."""
+    prompt = body.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and not all(isinstance(x, int) for x in prompt) else 1
+    return prompts == 1 and not body.get("use_beam_search") and all(body.get(x) in (None, 1) for x in ("n", "best_of"))
 
 
 class Proxy:
@@ -54,6 +67,8 @@ class Proxy:
             body = None
         if not isinstance(body, dict):
             return problem(400, "expected a JSON object")
+        if not is_one_answer(body):
+            return problem(400, ONE_ANSWER)
         try:
             return await self._both_steps(request.url.path, body)
         except httpx.TransportError as error:

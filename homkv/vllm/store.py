@@ -11,6 +11,10 @@ A full block carries a **tag**: the page j that its tokens became, and a digest 
 for page j only while the tag names the page that the sequence's own page table points to. So a ring block that was
 just allocated, for a sequence that starts behind cached pages, is never mistaken for its window: the newest cached
 pages are read as pages until the ring has filled.
+
+A page that the format cannot hold (docs/format.md) is **marked**: its centre begins with a NaN, which no encoder
+writes. It may be shared, sent and kept as any other. Whoever reads it gets NaN, whatever else attention finds. Where a
+key is not finite, its value is stored as NaN, with the same effect: kernels may take the key's score for -inf.
 """
 
 from dataclasses import dataclass
@@ -21,12 +25,13 @@ from torch import Tensor
 
 from homkv.attention import api
 from homkv.attention.view import LayerView
-from homkv.errors import UnsupportedError
+from homkv.errors import FormatError, UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS
 from homkv.vllm.blocks import TAG_BYTES, BlockPlan
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: the golden ratio's, as a signed 64-bit number
+MARK = 0x7E00  # NaN in fp16
 
 
 Index = TypeVar("Index", int, Tensor)
@@ -76,6 +81,11 @@ def page_ids(table: Tensor, pages_per_block: int) -> Tensor:
     return (table.unsqueeze(-1) * pages_per_block + steps).flatten(-2)
 
 
+def values_to_store(k: Tensor, v: Tensor) -> Tensor:
+    """``v [..., D]``, NaN where ``k [..., D]`` is not finite."""
+    return torch.where(k.isfinite().all(-1, keepdim=True), v, torch.nan)
+
+
 class LayerStore:
     """Views of one layer's cache.
 
@@ -99,6 +109,7 @@ class LayerStore:
         self.exact_k = blocks[..., :one].view(raw_dtype).unflatten(-1, shape)
         self.exact_v = blocks[..., one : 2 * one].view(raw_dtype).unflatten(-1, shape)
         self.tags = blocks[:, 0, 2 * one : 2 * one + TAG_BYTES].view(torch.int64)
+        self.marks = self.pool.view(torch.int16)[:, 0, codec.layout.centre_offset // 2]
         self._memory = [(x.data_ptr(), x.shape) for x in (pages, exact)]
         words = heads * codec.page_bytes // 8
         self._weights = (2 * torch.arange(words, dtype=torch.int64, device=pages.device) + 1) * MULTIPLIER
@@ -121,7 +132,7 @@ class LayerStore:
         """
         blocks = exact.long().gather(1, places.column).squeeze(1)
         self.exact_k[blocks, :, places.at] = k.to(self.exact_k.dtype)
-        self.exact_v[blocks, :, places.at] = v.to(self.exact_v.dtype)
+        self.exact_v[blocks, :, places.at] = values_to_store(k, v).to(self.exact_v.dtype)
         if len(places.due):
             ids, source = tables[places.due, places.pages], blocks[places.due]
             self._encode(self.exact_k[source], self.exact_v[source], ids)
@@ -132,7 +143,7 @@ class LayerStore:
 
         ``table [num_pages]``, ``exact [1 + R]`` of this sequence. ``before``: its ring as it was, if start is not 0.
         """
-        k, v = (x.transpose(0, 1).to(self.exact_k.dtype) for x in (k, v))
+        k, v = (x.transpose(0, 1).to(self.exact_k.dtype) for x in (k, values_to_store(k, v)))
         first, stop = start // PAGE_TOKENS, start + k.shape[1]
         held = start % PAGE_TOKENS
         if held:  # a page was left open: its first tokens come from where they were kept
@@ -165,23 +176,32 @@ class LayerStore:
         return before.k[0, self._place_of(index)], before.v[0, self._place_of(index)]
 
     def _encode(self, k: Tensor, v: Tensor, page_ids: Tensor) -> None:
-        """``k v [n, G, 64, D]`` become pages ``page_ids [n]``."""
-        k, v = (x.transpose(0, 1).flatten(1, 2).contiguous() for x in (k, v))
-        self.pool[page_ids.long()] = api.encode(self.codec, k, v)
+        """``k v [n, G, 64, D]`` become pages ``page_ids [n]``; each that the format cannot hold is marked."""
+        ids = page_ids.long()
+        in_a_row = [x.transpose(0, 1).flatten(1, 2).contiguous() for x in (k, v)]
+        try:
+            self.pool[ids] = api.encode(self.codec, in_a_row[0], in_a_row[1])
+        except FormatError:
+            if len(ids) == 1:
+                self.pool[ids] = 0
+                self.marks[ids] = MARK
+            else:
+                for one in zip(k.split(1), v.split(1), ids.split(1), strict=True):
+                    self._encode(*one)
 
     def _tag(self, blocks: Tensor, index: Tensor, page_ids: Tensor) -> None:
         self.tags[blocks] = torch.stack((index, self.digest(page_ids)), -1)
 
-    def step(self, pages: Tensor, exact: Tensor, lengths: Tensor, k: Tensor, v: Tensor, status: Tensor) -> LayerView:
-        """:meth:`store_one` and :meth:`view` in a few kernels, which a CUDA graph can hold: the same whatever is due.
+    def step(self, pages: Tensor, exact: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> tuple[LayerView, Tensor]:
+        """:meth:`store_one`, :meth:`view` and :meth:`taint` in a few kernels that a CUDA graph can hold.
 
-        ``pages [B, num_pages - 1] int32``: the tables without page 0; ``lengths [B] int32`` with the new token, 0 for
-        no sequence; ``status [1] int32``: set by values that the format cannot hold.
+        They are the same whatever is due. ``pages [B, num_pages - 1] int32``: the tables without page 0;
+        ``lengths [B] int32`` with the new token, 0 for no sequence.
         """
         from homkv.attention.triton import blocks  # Triton is optional
 
-        memory = blocks.ExactBlocks(self.exact_k, self.exact_v, self.tags, MULTIPLIER)
-        return blocks.step(k, v, self.pool, memory, exact, lengths, pages, self.codec, status)
+        memory = blocks.ExactBlocks(self.exact_k, self.exact_v, self.tags, self.marks, MARK, MULTIPLIER)
+        return blocks.step(k, v, self.pool, memory, exact, lengths, pages, self.codec)
 
     # -- attending -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +237,12 @@ class LayerStore:
             exact_len=num_exact.to(torch.int32),
             slots=rows.to(torch.int32),
         )
+
+    def taint(self, view: LayerView) -> Tensor:
+        """NaN for each sequence of a view that reads a marked page, else 0: ``[B] float32``, to add to its output."""
+        at = torch.arange(view.page_table.shape[1], device=view.page_table.device)
+        marked = (self.marks[view.page_table.long()] == MARK) & (at < view.num_pages.unsqueeze(1))
+        return torch.where(marked.any(1), torch.nan, 0.0)
 
     def _held(self, tables: Tensor, ring: Ring, open_page: Tensor) -> Tensor:
         """How many full pages before ``open_page [B]`` the ring holds, without a gap, by their tags: ``[B]``."""

@@ -10,6 +10,7 @@ from homkv.bench import cpu, gpu
 from homkv.bench.cpu import LARGE_MODEL
 from homkv.bench.gpu_candidates import Case
 from homkv.cli import app, bench
+from homkv.errors import ShapeError
 from homkv.plan import LayerPlan
 from homkv.spec import DEFAULT_FORMAT
 
@@ -34,6 +35,13 @@ def test_the_cpu_benchmark_gets_its_options(received: dict[str, Any]) -> None:
     assert (options.batches, options.contexts, options.formats) == ((2,), (64, 128), (DEFAULT_FORMAT,))
     assert (options.isa, options.pack, options.repetitions, options.max_gib) == ("portable", False, 5, 10.0)
     assert "gpu" not in received
+
+
+@pytest.mark.parametrize("size", ["--batch", "--context"])
+def test_sizes_of_nothing_are_refused(size: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "attention", size, "0"])
+    assert isinstance(result.exception, ShapeError)
+    assert size in str(result.exception)
 
 
 def test_the_gpu_benchmark_gets_its_options(received: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

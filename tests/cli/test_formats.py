@@ -47,10 +47,19 @@ def test_the_table_is_readable() -> None:
         assert name in result.output
     assert "5,056" in result.output
     assert "k4420v2222" in result.output
+    narrow = CliRunner().invoke(app, ["formats"], env={"COLUMNS": "80"}).output
+    assert "k4420v2222" in narrow
+    assert "…" not in narrow
 
 
 def test_no_context_is_refused() -> None:
     result = CliRunner().invoke(app, ["formats", "--context", "0"])
+    assert isinstance(result.exception, ShapeError)
+
+
+@pytest.mark.parametrize("head_dim", [0, -64])
+def test_heads_without_channels_are_refused(head_dim: int) -> None:
+    result = CliRunner().invoke(app, ["formats", "--head-dim", str(head_dim)])
     assert isinstance(result.exception, ShapeError)
 
 

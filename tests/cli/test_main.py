@@ -1,5 +1,6 @@
 """Exit codes and messages of the command line."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -46,6 +47,11 @@ def test_debug_shows_the_traceback(run, args: tuple[str, ...]) -> None:  # type:
 
 def test_an_interrupt_exits_130(run) -> None:  # type: ignore[no-untyped-def]
     assert run(KeyboardInterrupt(), "boom") == 130
+
+
+def test_the_version_is_the_installed_one(run, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert run(CapacityError(""), "--version") == 0
+    assert capsys.readouterr().out == f"homkv {importlib.metadata.version('homkv')}\n"
 
 
 def test_a_wrong_option_exits_2(run) -> None:  # type: ignore[no-untyped-def]

@@ -33,6 +33,13 @@ def test_run_writes_a_record_and_plots(tmp_path: Path) -> None:
     assert (tmp_path / "sim-run.svg").read_text().lstrip().startswith("<?xml")
 
 
+@pytest.mark.parametrize("command", ["run", "whatif"])
+def test_no_number_is_cut_off_at_80_columns(command: str) -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["sim", command, "--requests", "30"])
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.output
+
+
 def test_run_on_a_trace(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.97,4808,10\n")

@@ -63,7 +63,9 @@ def tiny(seed: int = 0, head_dim: int = 64, stop: int | list[int] | None = None)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.get_input_embeddings().weight[NAN_TOKEN] = float("nan")
-        model.lm_head.weight[NAN_TOKEN] = 0  # never the most likely one
+        model.lm_head.weight[NAN_TOKEN] = 0
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+        model.lm_head.bias[NAN_TOKEN] = -1e4  # never drawn, at any temperature: a prompt may hold it, no answer does
     return describe_model(model, cast(Any, SimpleNamespace(model_max_length=CONTEXT)), f"tiny-{seed}")
 
 

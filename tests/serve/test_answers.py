@@ -80,7 +80,7 @@ def check_shared_steps(pair: Pair) -> None:
             assert off.max() <= 1e-4
         else:  # the last bit of a float32 product depends on the batch and may turn the 8-bit rounding of a query
             assert np.median(off) <= 1e-4
-            assert off.max() <= 0.01 * np.abs(expected_rows).max()
+            assert off.max() <= 0.01 * expected_rows.max()
 
 
 def test_logits_are_those_that_the_tokens_were_chosen_from(pair: Pair) -> None:
@@ -104,6 +104,13 @@ def test_sampling_follows_its_seed(pair: Pair) -> None:
     first = tokens(1)
     assert tokens(1) == first
     assert tokens(2) != first
+
+
+@pytest.mark.parametrize("name", ["balanced", "fp16"])
+def test_what_overflows_is_never_drawn(pair: Pair, name: str) -> None:
+    """The tiny model's one token with NaN in its embedding. This seed drew it when its logit was 0, as happened about
+    once in 8,000 answers: 500, for a reason of the test's own."""
+    assert len(pair.ask(Query(prompt(150), name, 4, Sampling(1.0, seed=18232))).tokens) == 4
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1e-310), Sampling(1e-9, 1e-9), Sampling(1.0, 1e-300)])

@@ -7,10 +7,10 @@ import torch
 
 from homkv import errors
 from homkv.errors import FormatError, HomkvError, TransferError
-from homkv.serve.choose import sample
+from homkv.serve.choose import choose, sample
 from homkv.serve.client import PHASES, Answer
 from homkv.serve.engine import serving_codec
-from homkv.serve.messages import DecodeTimes, Done, Failed, FromDecode, PrefillDone, PrefillTimes, Sampling
+from homkv.serve.messages import DecodeTimes, Done, Failed, FromDecode, PrefillDone, PrefillTimes, Sampling, Status
 from homkv.transport.endpoint import LinkError
 from homkv.transport.wire import FrameError
 
@@ -44,6 +44,12 @@ def test_temperatures_that_mean_nothing_are_refused(temperature: float) -> None:
 def test_counts_of_bytes_hold_a_long_context() -> None:
     done = Done("r", 8, 80 << 30, DecodeTimes(0, 0, 0))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(done), type=FromDecode) == done
+
+
+def test_an_instance_has_a_format() -> None:
+    data = msgspec.msgpack.encode(Status(1, "prefill", "i", 0.0, "m", [], {}, {}))
+    with pytest.raises(msgspec.ValidationError, match="formats"):
+        msgspec.msgpack.decode(data, type=FromDecode)
 
 
 def answer(*moments: float) -> Answer:
@@ -107,6 +113,11 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
 
 def test_a_masked_token_is_never_drawn() -> None:
     assert draw([0.0, float("-inf"), 0.0], temperature=5.0)[1] == 0
+
+
+def test_log_probabilities_are_numbers_that_json_has() -> None:
+    top = choose(torch.tensor([0.0, float("-inf")]), Sampling(num_logprobs=2), 0).top
+    assert top == [(0, 0.0), (1, -9999.0)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -20,7 +20,7 @@ from serve_cases import (
     wait_until,
 )
 
-from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError, TransferError, UnsupportedError
+from homkv.errors import FormatError, HomkvError, ShapeError, TransferError, UnsupportedError
 from homkv.models import LoadedModel
 from homkv.serve.client import Answer, Query
 from homkv.serve.decode import DecodeInstance
@@ -38,8 +38,8 @@ BAD: dict[str, tuple[Query, type[HomkvError], str]] = {
     "negative token": (Query([-1], "balanced", 4), TransferError, ">= 0"),
     "forced ids too short": (Query(IDS, "balanced", 4, forced_ids=[1]), ShapeError, "4 forced ids"),
     "forced id over the vocabulary": (Query(IDS, "fp16", 1, forced_ids=[VOCABULARY]), ShapeError, "forced ids below"),
-    "too long for the pool": (Query(prompt(1900), "balanced", 4), CapacityError, "page blocks"),
-    "too long for the exact pool": (Query(prompt(1900), "fp16", 4), CapacityError, "page blocks"),
+    "too long for the pool": (Query(prompt(1900), "balanced", 4), ShapeError, "page blocks"),
+    "too long for the exact pool": (Query(prompt(1900), "fp16", 4), ShapeError, "page blocks"),
     "NaN in the prompt's KV": (Query([*IDS, NAN_TOKEN], "balanced", 4), FormatError, "finite"),
     "NaN in the prompt's exact KV": (Query([*IDS, NAN_TOKEN], "fp16", 4), FormatError, "finite"),
 }

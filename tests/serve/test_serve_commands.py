@@ -1,5 +1,6 @@
 """``homkv serve``: mistakes are one message and exit code 2."""
 
+import socket
 import stat
 import sys
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_files_that_are_not_keys_are_named(refuse, keys: list[str], tmp_path: Pa
 )
 def test_settings_that_cannot_work_are_refused(refuse, args: tuple[str, ...], says: str) -> None:  # type: ignore[no-untyped-def]
     assert says in refuse(*args)
+
+
+def test_a_taken_port_is_refused_before_models_are_loaded(refuse) -> None:  # type: ignore[no-untyped-def]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port {port}, found Address already in use" in refuse("--port", port)
+
+
+def test_a_secret_that_is_given_for_a_public_key_is_not_shown(refuse, keys: list[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    said = refuse(str(tmp_path / "x.trust"), keys[1], command=("keys", "trust"))
+    assert "name a .pub" in said
+    assert KeyPair.load(keys[1]).secret not in said
 
 
 @pytest.fixture

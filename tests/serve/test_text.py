@@ -50,6 +50,14 @@ def test_a_character_of_several_tokens_is_shown_whole() -> None:
     assert [stream.push(byte) for byte in "é!".encode()] == ["", "é", "!"]
 
 
+def test_bytes_that_never_become_a_character_end_no_answer() -> None:
+    """tokenizers' stream gives up here: it has told "a", and now takes both bytes for one broken character."""
+    octets = Tokenizer(BPE({f"<0x{i:02X}>": i for i in range(256)} | {"b": 256}, []))
+    octets.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    stream = TextStream(octets, ["bc"])
+    assert [stream.push(token) for token in (0x61, 0xC3, 256, 0x64)] == ["a", "", "", "bd"]
+
+
 def test_a_tokenizer_without_a_fast_half_is_refused() -> None:
     assert backend_of(PreTrainedTokenizerFast(tokenizer_object=CHARACTERS)) is not None
     with pytest.raises(UnsupportedError, match=r"tokenizer\.json"):

@@ -17,7 +17,9 @@ from torch import Tensor
 from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import HEAD_DIMS, PAGE_TOKENS, RowsSpec
+from homkv.vllm import COUNT_NANS, SCHEDULER
 from homkv.vllm.blocks import BlockPlan
+from homkv.vllm.launch import ServeOptions, commands
 
 DIM = 64
 PLAN, LONG = (BlockPlan.of(RowsSpec.parse(name), DIM, 4) for name in ("balanced", "balanced-long"))
@@ -141,17 +143,22 @@ def by_definition(codec: RowsCodec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """vLLM's configuration for a small Llama in float32."""
+    from vllm import envs
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
 
+    envs.disable_envs_cache()  # an engine of another module may have left one
     folder: Path = tmp_path_factory.mktemp("llama")
     shape = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     shape |= {"vocab_size": 1024, "intermediate_size": 512, "max_position_embeddings": 8192}
     text = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(text | shape))
-    arguments = EngineArgs(str(folder), skip_tokenizer_init=True, dtype="float32", block_size=PLAN.block_size)
+    arguments = EngineArgs(
+        str(folder), skip_tokenizer_init=True, dtype="float32", block_size=PLAN.block_size, scheduler_cls=SCHEDULER
+    )
     found = arguments.create_engine_config()
-    with set_current_vllm_config(found):
+    with set_current_vllm_config(found), pytest.MonkeyPatch.context() as patch:
+        patch.setenv(COUNT_NANS, "1")
         yield found
 
 
@@ -209,10 +216,35 @@ def test_batches_with_other_masks_are_refused(config: Any, more: dict[str, Any],
         batch.builder.build(0, batch.metadata([0], [8], [8], **more))
 
 
+def test_requests_that_nobody_would_end_are_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM alone samples from NaN. Either the request or the engine must end."""
+    monkeypatch.delenv(COUNT_NANS)
+    with pytest.raises(UnsupportedError, match=f"{COUNT_NANS}=1.*found scheduler {SCHEDULER} and {COUNT_NANS}=0"):
+        Batch(config, HEADS["4 over 2"], [(8, 8)])
+    monkeypatch.setenv("VLLM_RAISE_ON_LOGIT_NANS", "1")
+    Batch(config, HEADS["4 over 2"], [(8, 8)])
+
+
 def test_quantized_outputs_are_refused(config: Any) -> None:
     batch, x = Batch(config, HEADS["4 over 2"], [(8, 8)]), torch.zeros(8, 4, DIM)
     with pytest.raises(UnsupportedError, match="quantized output"):
         batch.impl.forward(None, x, x, x, batch.memory, None, x, output_scale=torch.ones(1))
+
+
+@pytest.mark.parametrize("decode", [0, 1])
+def test_vllm_knows_every_option_of_a_server_on_gpus(decode: int) -> None:
+    """Those on CPUs are started by live_pair."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    options = ServeOptions("/m", "m", PLAN, device="cuda", num_decode=decode, max_model_len=1024)
+    for command in (c for c in commands(options, 8) if c.name != "router"):
+        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(command.argv[3:]))
+        validate_parsed_serve_args(parsed)
+        engine = AsyncEngineArgs.from_cli_args(parsed)
+        assert (engine.attention_backend, engine.block_size) == (PLAN.name, PLAN.block_size)
+        assert (engine.kv_transfer_config is not None) == bool(decode)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

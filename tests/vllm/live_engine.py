@@ -8,6 +8,7 @@ import pytest
 from live_cases import HEAD_DIM, LAYERS, by_transformers, model_folder, text_tokens
 
 from homkv.spec import RowsSpec
+from homkv.vllm import COUNT_NANS, SCHEDULER
 from homkv.vllm.blocks import BlockPlan
 
 PLAN = BlockPlan.of(RowsSpec.parse("balanced"), HEAD_DIM, 4)  # float32: what is compared is the arithmetic
@@ -34,6 +35,7 @@ class Engine:
             max_num_seqs=8,
             max_num_batched_tokens=CHUNK,
             disable_log_stats=False,
+            scheduler_cls=SCHEDULER,
         )
 
     def answer(self, prompts: list[list[int]], count: int = NEW_TOKENS) -> list[Answer]:
@@ -48,6 +50,15 @@ class Engine:
             found.append((tokens, chosen, int(output.num_cached_tokens or 0)))
         return found
 
+    def ends(self, prompts: list[list[int]]) -> list[tuple[str, list[int]]]:
+        """Why each answer ended, and its tokens."""
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        outputs = [output.outputs[0] for output in self.llm.generate(asked, greedy, use_tqdm=False)]
+        return [(str(output.finish_reason), list(output.token_ids)) for output in outputs]
+
     def metric(self, name: str) -> float:
         return sum(m.value for m in self.llm.get_metrics() if m.name == name)
 
@@ -60,6 +71,7 @@ def ids() -> list[int]:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     settings = {"HOMKV_VLLM_BACKEND": PLAN.name, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    settings[COUNT_NANS] = "1"
     cores = os.sched_getaffinity(0)  # vLLM takes the process's main thread to the core it is bound to
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (settings | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
@@ -130,6 +142,30 @@ def test_a_preempted_sequence_goes_on_where_it_was(engine: Engine, ids: list[int
     ((others, gap),) = compare(prompts[last], answers[last], record_property)
     assert others <= 8
     assert gap < 0.3
+
+
+def test_a_request_whose_keys_do_not_fit_ends_alone_and_so_does_who_shares_its_pages(
+    engine: Engine, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer's key of token 70 is finite, and too large for a page; the prompt's second chunk reads that page."""
+    layers: Any = engine.llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    impl = layers["model.layers.3.self_attn.attn"].impl
+    right, wrong = ids[500:630], ids[20:920]
+    alone = engine.ends([right])
+    assert alone[0][0] == "length"
+
+    def spoiled(layer: Any, query: Any, key: Any, value: Any, cache: Any, step: Any, *more: Any, **others: Any) -> Any:
+        for chunk in step.chunks:
+            if chunk.start == 0 and chunk.at.stop - chunk.at.start > len(right):
+                key[chunk.at][70, 0, 31] = 2e5  # a slow channel: fast ones are not stored
+        return type(impl).forward(impl, layer, query, key, value, cache, step, *more, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(impl, "forward", spoiled)
+        assert engine.ends([right, wrong]) == [*alone, ("error", [])]
+    assert engine.metric("vllm:corrupted_requests") == 1
+    assert engine.ends([wrong]) == [("error", [])]  # its pages come from the prefix cache
+    assert engine.ends([ids[21:921], right])[1:] == alone
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -63,6 +64,13 @@ def test_a_pair_and_its_router() -> None:
     assert option(router, "--prefill") == prefill.url
     assert [router.argv[i + 1] for i, arg in enumerate(router.argv) if arg == "--decode"] == [first.url, second.url]
     assert router.url == "http://127.0.0.1:9000"
+
+
+def test_servers_take_the_gpus_that_this_process_may_use() -> None:
+    options = ServeOptions("m", "m", PLAN, device="cuda", gpus=("4", "6"))
+    assert [dict(c.env)["CUDA_VISIBLE_DEVICES"] for c in commands(options, 8)[:2]] == ["4", "6"]
+    (server,) = commands(replace(options, num_decode=0), 8)
+    assert "CUDA_VISIBLE_DEVICES" not in dict(server.env)  # it may take both
 
 
 @pytest.mark.parametrize(("num_cores", "cores"), [(8, ["0-3", "4-7"]), (2, ["0-0", "1-1"]), (1, ["0-0", "0-0"])])

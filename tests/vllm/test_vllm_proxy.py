@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import pytest
 
 from homkv.vllm.proxy import make_app
 
@@ -67,7 +68,26 @@ def test_chat_requests_with_the_newer_name_of_the_limit() -> None:
     servers = Servers(full)
     ask(servers, {"messages": [], "max_completion_tokens": 9}, path="/v1/chat/completions")
     assert servers.seen[0][1]["max_completion_tokens"] == 1
+    assert servers.seen[0][1]["min_tokens"] == 1
     assert "max_tokens" not in servers.seen[0][1]
+
+
+@pytest.mark.parametrize(
+    "more", [{"prompt": ["x", "y"]}, {"prompt": [[1, 2], [3]]}, {"n": 2}, {"best_of": 3}, {"use_beam_search": True}]
+)
+def test_more_than_one_answer_is_refused(more: dict[str, Any]) -> None:
+    """The KV parameters are those of one prompt: a decode server would answer all others with that one's KV."""
+    servers = Servers(full)
+    (answer,) = ask(servers, {"prompt": "x", **more})
+    assert answer.status_code == 400
+    assert "one prompt and one answer" in answer.json()["error"]["message"]
+    assert not servers.seen
+
+
+@pytest.mark.parametrize("prompt", [["x"], [1, 2, 3], [[1, 2]]])
+def test_one_prompt_may_come_in_a_list(prompt: list[Any]) -> None:
+    (answer,) = ask(Servers(full), {"prompt": prompt, "n": 1, "best_of": None})
+    assert answer.status_code == 200
 
 
 def test_decode_servers_take_turns() -> None:

@@ -10,7 +10,7 @@ from homkv.errors import UnsupportedError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import PAGE_TOKENS, RowsSpec
 from homkv.vllm.blocks import BlockPlan
-from homkv.vllm.store import LayerStore, Places, page_ids, place_of
+from homkv.vllm.store import MARK, LayerStore, Places, page_ids, place_of
 
 HEADS, DIM, ROWS = 2, 64, 4
 PLAN, LONG = (BlockPlan.of(RowsSpec.parse(name), DIM, 4) for name in ("balanced", "balanced-long"))
@@ -219,6 +219,28 @@ def test_sequences_of_unequal_length_step_together() -> None:
         torch.testing.assert_close(o[i : i + 1].double(), expected, rtol=0, atol=0.02)
     check, _ = reference.attend(q, view, store.codec, DIM**-0.5)
     torch.testing.assert_close(o, check, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf, 2e5])
+@pytest.mark.parametrize("which", [0, 1], ids=["k", "v"])
+@pytest.mark.parametrize("parts", [[300], [100, 100, 100], [1] * 300], ids=["whole", "chunks", "tokens"])
+def test_a_page_that_cannot_be_stored_taints_whoever_reads_it(parts: list[int], which: int, wrong: float) -> None:
+    """Token 100, of page 1, is not what a page can hold; exact tokens may be as large as they like."""
+    store = fresh()
+    sequence, other = OneSequence(store), OneSequence(store, 5)
+    pair = tokens(300)
+    pair[which][100, 1, 7] = wrong
+    q = torch.randn(1, ROWS, 1, DIM)
+    for k, v in zip(pair[0].split(parts), pair[1].split(parts), strict=True):
+        (sequence.add_one if len(k) == 1 else sequence.add)(k, v)
+        view = store.view(sequence.tables, sequence.exact, store.ring(sequence.exact, torch.tensor([sequence.length])))
+        is_read = int(view.num_pages) >= 1
+        assert store.taint(view).isnan().tolist() == [is_read]
+        if sequence.length > 100 and not is_read:  # NaN and infinities are found as exact tokens
+            assert sequence.attend(q).isfinite().all().item() == (wrong == 2e5)
+    other.add(*tokens(300))
+    assert (store.marks == MARK).nonzero().tolist() == [[int(sequence.tables[0, 1])]]
+    assert other.attend(q).isfinite().all()
 
 
 def test_a_changed_page_has_another_digest() -> None:

@@ -2,7 +2,7 @@
 
 A sequence has ``1 + RING`` exact blocks: its first 64 tokens, and a ring in which tokens of page p lie in block
 ``(p - 1) mod RING`` (homkv/vllm/store.py). Everything is planned on the GPU from the sequences' lengths, so that a CUDA
-graph can hold it: four launches, of which one is the encoder's.
+graph can hold it: four launches, of which one encodes the pages that are full.
 
 Shapes: B sequences, G kv heads, D channels, P bytes of a page, R blocks of a ring.
 """
@@ -14,21 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.encode import encode
+from homkv.attention.triton.encode import constants, options, slots_on_device
+from homkv.attention.triton.encode_keys import encode_keys, pages_at_once
+from homkv.attention.triton.encode_values import encode_values
+from homkv.attention.triton.window import window_config
 from homkv.attention.view import LayerView
 from homkv.formats.rows import RowsCodec
 
 PAGE = tl.constexpr(64)  # tokens of a page and of an exact block
-WORDS = 1024  # of 8 bytes, that a digest takes at a time
+WORDS = 2048  # of 8 bytes, that a digest takes at a time
+MARKS = 1024  # pages whose marks are looked at together
 
 
 @dataclass(frozen=True)
 class ExactBlocks:
-    """Where exact blocks lie: ``k v [blocks, G, 64, D]`` and ``tags [blocks, 2] int64``, views of the same memory."""
+    """Of one memory: exact blocks ``k v [blocks, G, 64, D]``, ``tags [blocks, 2] int64``, ``marks [pages] int16``.
+
+    ``mark``: what stands in the place of a page's mark if the page could not be stored.
+    """
 
     k: Tensor
     v: Tensor
     tags: Tensor
+    marks: Tensor
+    mark: int
     multiplier: int  # of a digest's weights
 
 
@@ -41,41 +50,68 @@ def place_of(length, Exact, RING: tl.constexpr):
     return page, position % PAGE, tl.load(Exact + column).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["k_stride_b", "v_stride_b", "batch", "max_pages"])
+@triton.jit(do_not_specialize=["k_stride_b", "v_stride_b"])
 def append_kernel(
     K, V, k_stride_b, k_stride_h, v_stride_b, v_stride_h, ExactK, ExactV, stride_block, stride_head, Exact,
-    exact_stride, Lengths, PageTable, StagedK, StagedV, Ids, batch, max_pages, D: tl.constexpr, DP: tl.constexpr,
-    RING: tl.constexpr,
+    exact_stride, Lengths, Status, D: tl.constexpr, DP: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """Store a token, and stage its block if it is full now, zeros if not. Grid (B, G).
+    """Store a token, its value as NaN if its key is not finite. Grid (B, G).
 
     ``K V [B, G, D]``; ``ExactK ExactV [blocks, G, 64, D]``; ``Exact [B, 1 + RING]`` block ids; ``Lengths [B]`` with the
-    new token; ``PageTable [B, max_pages]``: page j at j - 1; ``StagedK StagedV [G, B * 64, D]``; ``Ids [B]``: where a
-    staged page goes, 0 if it is none.
+    new token; ``Status [B]``: of the encoder, becomes 0.
     """
     b = tl.program_id(0)
     g = tl.program_id(1)
-    page, at, block = place_of(tl.load(Lengths + b), Exact + b * exact_stride, RING)
+    _, at, block = place_of(tl.load(Lengths + b), Exact + b * exact_stride, RING)
     d = tl.arange(0, DP)
     own = d < D
     here = block * stride_block + g * stride_head
     new_k = tl.load(K + b.to(tl.int64) * k_stride_b + g * k_stride_h + d, mask=own, other=0).to(ExactK.dtype.element_ty)
     new_v = tl.load(V + b.to(tl.int64) * v_stride_b + g * v_stride_h + d, mask=own, other=0).to(ExactV.dtype.element_ty)
+    size = new_k.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    new_v = tl.where(tl.max(size, 0) < 0x7F800000, new_v.to(tl.float32), float("nan")).to(ExactV.dtype.element_ty)
     tl.store(ExactK + here + at * D + d, new_k, mask=own)
     tl.store(ExactV + here + at * D + d, new_v, mask=own)
-    full = (page > 0) & (at == PAGE - 1)
-    t = tl.arange(0, PAGE)
-    offsets = t[:, None] * D + d[None, :]
-    older = (t[:, None] < PAGE - 1) & own[None, :] & full
-    newest = (t[:, None] == PAGE - 1) & full
-    k = tl.where(newest, new_k[None, :], tl.load(ExactK + here + offsets, mask=older, other=0))
-    v = tl.where(newest, new_v[None, :], tl.load(ExactV + here + offsets, mask=older, other=0))
-    staged = (g.to(tl.int64) * batch + b) * PAGE * D
-    tl.store(StagedK + staged + offsets, k, mask=own[None, :])
-    tl.store(StagedV + staged + offsets, v, mask=own[None, :])
     if g == 0:
-        known = tl.load(PageTable + b.to(tl.int64) * max_pages + tl.maximum(page - 1, 0), mask=full, other=0)
-        tl.store(Ids + b, known)
+        tl.store(Status + b, 0)
+
+
+@triton.jit(do_not_specialize=["max_pages", "num_blocks"])
+def encode_kernel(
+    ExactK, ExactV, stride_block, stride_head, Exact, exact_stride, Lengths, PageTable, Pool, SlotOf, Status, max_pages,
+    num_blocks, K: tl.constexpr, V: tl.constexpr, GAPS: tl.constexpr, ORDER: tl.constexpr, CENTRE: tl.constexpr,
+    USED: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, K_LANES: tl.constexpr,
+    V_LANES: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr, HEADS: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """Encode the page that a sequence's newest token has filled, if it has. Grid (items of a sequence, B).
+
+    An item is a class of values of some heads, or the keys of some heads. ``Pool [num_blocks, HEADS, PAGE_BYTES]``;
+    ``PageTable [B, max_pages]``: page j at j - 1; ``Status [B]``: not 0 if a number does not fit.
+    """
+    item = tl.program_id(0)
+    b = tl.program_id(1)
+    page, at, block = place_of(tl.load(Lengths + b), Exact + b * exact_stride, RING)
+    if (page == 0) | (at != PAGE - 1):
+        return
+    k = ExactK + block * stride_block
+    v = ExactV + block * stride_block
+    blocks = PageTable + b.to(tl.int64) * max_pages + page - 1
+    V_PAGES: tl.constexpr = THREADS // V_LANES
+    V_ITEMS: tl.constexpr = (HEADS + V_PAGES - 1) // V_PAGES * len(V)
+    if item < V_ITEMS:
+        first = item // max(len(V), 1) * V_PAGES
+        for c in tl.static_range(len(V)):
+            if item % len(V) == c:
+                encode_values(
+                    v, stride_head, D, Pool, blocks, Status + b, first, HEADS, HEADS, num_blocks, V, c, PAGE_BYTES,
+                    V_LANES, OVERLAP, THREADS, True,
+                )  # fmt: skip
+    else:
+        encode_keys(
+            k, stride_head, D, v, stride_head, D, Pool, blocks, SlotOf, Status + b,
+            (item - V_ITEMS) * pages_at_once(THREADS // K_LANES), HEADS, HEADS, num_blocks, K, GAPS, ORDER, CENTRE,
+            USED, PAGE_BYTES, D, DP, K_LANES, THREADS, True,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -89,15 +125,29 @@ def digest(Pool, page_id, MULTIPLIER: tl.constexpr, COUNT: tl.constexpr, STEP: t
     return tl.sum(total, 0)
 
 
+@triton.jit
+def reads_marked(Marks, stride_mark, pages, count, MARK: tl.constexpr, STEP: tl.constexpr):
+    """Whether any of the first ``count`` ids in ``pages`` is of a marked page."""
+    found = 0
+    for start in tl.range(0, count, STEP):
+        i = start + tl.arange(0, STEP)
+        ids = tl.load(pages + i, mask=i < count, other=0).to(tl.int64)
+        marks = tl.load(Marks + ids * stride_mark, mask=i < count, other=0)
+        found |= tl.max((marks == MARK).to(tl.int32), 0)
+    return found != 0
+
+
 @triton.jit(do_not_specialize=["max_pages"])
 def seal_kernel(
-    Pool, Tags, stride_tag, Exact, exact_stride, Lengths, PageTable, NumPages, ExactLen, Window, max_pages,
-    MULTIPLIER: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, RING: tl.constexpr,
+    Pool, Tags, stride_tag, Marks, stride_mark, Exact, exact_stride, Lengths, PageTable, Status, NumPages, ExactLen,
+    Window, Taint, max_pages, MULTIPLIER: tl.constexpr, MARK: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr,
+    LOOKED: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Tag a page that is full now, and find by their tags which full blocks of the ring count. Grid (B,).
 
-    ``Pool [pages, COUNT] int64``; ``Tags`` of block i at ``i * stride_tag``; ``NumPages ExactLen [B]``: of the view;
-    ``Window [B]``: first page that is read exactly.
+    ``Pool [pages, COUNT] int64``; ``Tags`` of block i at ``i * stride_tag``; ``Marks`` of page i at
+    ``i * stride_mark``; ``Status [B]``: of the encoder; ``NumPages ExactLen [B]``: of the view; ``Window [B]``: first
+    page that is read exactly; ``Taint [B]``: NaN if one of the pages that are read is marked, else 0.
     """
     b = tl.program_id(0)
     length = tl.load(Lengths + b)
@@ -105,8 +155,12 @@ def seal_kernel(
     page, at, block = place_of(length, row, RING)
     pages = PageTable + b.to(tl.int64) * max_pages - 1
     if (page > 0) & (at == PAGE - 1):
+        page_id = tl.load(pages + page).to(tl.int64)
+        if tl.load(Status + b) != 0:
+            tl.store(Marks + page_id * stride_mark, MARK)
+            tl.debug_barrier()  # other threads read the mark, as a part of the digest
         tl.store(Tags + block * stride_tag, page.to(tl.int64))
-        tl.store(Tags + block * stride_tag + 1, digest(Pool, tl.load(pages + page), MULTIPLIER, COUNT, STEP))
+        tl.store(Tags + block * stride_tag + 1, digest(Pool, page_id, MULTIPLIER, COUNT, STEP))
     held = page * 0
     for back in tl.static_range(1, RING):
         if (page - back > 0) & (held == back - 1):
@@ -119,6 +173,8 @@ def seal_kernel(
     tl.store(Window + b, window)
     tl.store(NumPages + b, tl.maximum(window - 1, 0))
     tl.store(ExactLen + b, tl.where(page > 0, PAGE + length - PAGE * window, length))
+    is_tainted = reads_marked(Marks, stride_mark, pages + 1, window - 1, MARK, LOOKED)
+    tl.store(Taint + b, tl.where(is_tainted, float("nan"), 0.0))
 
 
 @triton.jit
@@ -153,27 +209,33 @@ def step(
     lengths: Tensor,
     page_table: Tensor,
     codec: RowsCodec,
-    status: Tensor,
-) -> LayerView:
+) -> tuple[LayerView, Tensor]:
     """Store one token of each sequence, seal the pages that it fills, and say what it attends to.
 
     ``k v [B, G, D]``; ``pool [pages, G, P] uint8``, of which page 0 is nobody's; ``exact [B, 1 + R] int32``;
     ``lengths [B] int32`` with the new token, 0 for none; ``page_table [B, max_pages] int32``: page j at ``j - 1``;
-    ``status [1] int32``: set to non-zero by values that the format cannot hold. All on one GPU; nothing is read back.
+    Returns also ``[B] float32``, to be added to what is attended to: NaN for sequences that read a marked page, else 0.
+    All on one GPU; nothing is read back.
     """
     (batch, heads, dim), ring, device = k.shape, exact.shape[1] - 1, k.device
-    staged_k, staged_v = (torch.empty(heads, batch * 64, dim, dtype=blocks.k.dtype, device=device) for _ in "kv")
-    ids, num_pages, exact_len, window = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(4))
+    status, num_pages, exact_len, window = (torch.empty(batch, dtype=torch.int32, device=device) for _ in range(4))
+    taint = torch.empty(batch, device=device)
     shape = {"D": dim, "DP": triton.next_power_of_2(dim), "RING": ring}
     append_kernel[(batch, heads)](
         k, v, *k.stride()[:2], *v.stride()[:2], blocks.k, blocks.v, *blocks.k.stride()[:2], exact, exact.stride(0),
-        lengths, page_table, staged_k, staged_v, ids, batch, page_table.shape[1], **shape,
+        lengths, status, **shape,
     )  # fmt: skip
-    encode(staged_k, staged_v, codec.layout, codec.order, out=pool, block_ids=ids, status=status)
+    config, order = window_config(codec), tuple(codec.order.tolist())
+    encode_kernel[(config.items(heads, len(codec.layout.v_classes)), batch)](
+        blocks.k, blocks.v, *blocks.k.stride()[:2], exact, exact.stride(0), lengths, page_table, pool,
+        slots_on_device(order, device), status, page_table.shape[1], pool.shape[0],
+        **constants(codec.layout, order, config), HEADS=heads, RING=ring, **options(config),
+    )  # fmt: skip
     seal_kernel[(batch,)](
-        pool.view(torch.int64), blocks.tags, blocks.tags.stride(0), exact, exact.stride(0), lengths, page_table,
-        num_pages, exact_len, window, page_table.shape[1], MULTIPLIER=blocks.multiplier,
-        COUNT=heads * codec.page_bytes // 8, STEP=WORDS, RING=ring,
+        pool.view(torch.int64), blocks.tags, blocks.tags.stride(0), blocks.marks, blocks.marks.stride(0), exact,
+        exact.stride(0), lengths, page_table, status, num_pages, exact_len, window, taint, page_table.shape[1],
+        MULTIPLIER=blocks.multiplier, MARK=blocks.mark, COUNT=heads * codec.page_bytes // 8, STEP=WORDS, LOOKED=MARKS,
+        RING=ring, num_warps=8,
     )  # fmt: skip
     exact_k, exact_v = (
         torch.empty(batch, heads, (1 + ring) * 64, dim, dtype=blocks.k.dtype, device=device) for _ in "kv"
@@ -183,4 +245,4 @@ def step(
         **shape,
     )  # fmt: skip
     slots = torch.arange(batch, dtype=torch.int32, device=device)
-    return LayerView(pool, page_table, num_pages, exact_k, exact_v, exact_len, slots)
+    return LayerView(pool, page_table, num_pages, exact_k, exact_v, exact_len, slots), taint

@@ -13,6 +13,7 @@ from homkv.formats.base import PageCodec
 MAX_ROWS = 16  # query rows per kv head: columns of one matrix instruction, twice
 MAX_BATCH = 4096  # sequences whose splits one program can lay out
 INT32_MAX = 2**31 - 1
+MAX_GRID = 65535  # blocks along the second and third dimension of a launch
 EXACT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNMENT = 16  # bytes: what one access of a thread takes
 
@@ -36,6 +37,13 @@ def check_aligned(name: str, x: Tensor) -> None:
             f"expected {name} at a multiple of {ALIGNMENT} bytes, found {x.data_ptr():#x}; cut it from its buffer at "
             "whole pages"
         )
+
+
+def check_status_word(status: Tensor, device: torch.device) -> None:
+    """Raise DTypeError or ShapeError unless status is ``[1] int32`` on the device."""
+    check_tensor("status", status, (torch.int32,), 1, device)
+    if status.shape[0] != 1:
+        raise ShapeError(f"expected status [1], found {tuple(status.shape)}; pass torch.zeros(1, dtype=torch.int32)")
 
 
 def check_view(view: LayerView, codec: PageCodec) -> tuple[int, int]:
@@ -90,3 +98,9 @@ def check_attend(q: Tensor, view: LayerView, codec: PageCodec, softmax_scale: fl
         )
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
         raise ShapeError(f"expected a positive, finite softmax_scale, found {softmax_scale}; use head_dim ** -0.5")
+
+
+def reachable(q: Tensor) -> Tensor:
+    """``q [B, H, T, D]``, or a copy where channels are not neighbours, or rows of a sequence beyond int32 offsets."""
+    furthest = sum((size - 1) * stride for size, stride in zip(q.shape[1:], q.stride()[1:], strict=True))
+    return q if q.stride(-1) == 1 and furthest <= INT32_MAX else q.contiguous()

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from homkv.attention.triton.checks import check_attend
+from homkv.attention.triton.checks import check_attend, reachable
 from homkv.attention.triton.combine import combine_kernel
 from homkv.attention.triton.decode_pages import decode_kernel
 from homkv.attention.triton.lanes import LOG2E
@@ -76,7 +76,7 @@ def attend_rows(
     The grid has ``programs`` per multiprocessor, one wave unless given; it changes the result by rounding only.
     """
     check_attend(q, view, codec, softmax_scale)
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = reachable(q)
     plan, device = Plan.of(q, view, codec, programs), q.device
     partial = plan.partials(device, plan.max_items, plan.heads)
     exact = plan.partials(device, plan.batch, plan.heads, plan.splits["EXACT_TILES"])

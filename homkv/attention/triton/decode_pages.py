@@ -185,7 +185,7 @@ def load_all_keys(pages, g, q, K: tl.constexpr):
 
 @triton.jit
 def find_pages(pool, table, at, last, num_blocks, PAGES: tl.constexpr, STRIDE: tl.constexpr):
-    """Addresses of PAGES pages from index ``at`` on; behind the last one, of the last one."""
+    """Addresses of PAGES pages from index ``at`` on; behind index ``last``, of that page."""
     out = ()
     for p in tl.static_range(PAGES):
         block = tl.load(table + tl.minimum(at + p, last))
@@ -312,7 +312,7 @@ def decode_kernel(
     first_unit, stop_unit = split_range(split, count, of_sequence(units, b, BATCH_BLOCK))
     first = tl.maximum(first_unit - tiles, 0) * PAGES
     stop = tl.minimum(tl.maximum(stop_unit - tiles, 0) * PAGES, of_sequence(counts, b, BATCH_BLOCK))
-    last = tl.maximum(stop - 1, 0)
+    last = tl.minimum(tl.maximum(stop - 1, 0), max_pages - 1)
     table = PageTable + b.to(tl.int64) * max_pages
     pool = (Pool + head * PAGE_BYTES).to(tl.int64, bitcast=True) + tl.zeros([32], tl.int64)
     gathered = ()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.checks import EXACT_DTYPES, check_aligned, check_tensor
+from homkv.attention.triton.checks import EXACT_DTYPES, check_aligned, check_status_word, check_tensor
 from homkv.attention.triton.decode import classes
 from homkv.attention.triton.encode_keys import encode_keys, pages_at_once
 from homkv.attention.triton.encode_values import KEY_MEAN, KEY_SCALE, VALUE_SCALE, encode_values
@@ -227,13 +227,6 @@ def raise_status(status: Tensor, k: Tensor, v: Tensor, layout: PageLayout, order
     for head in v if wrong & VALUE_SCALE.value else ():
         quantize_values(head.unflatten(0, (-1, PAGE_TOKENS)), layout)
     raise FormatError(f"expected keys and values that the format can hold, found status {wrong}; please report this")
-
-
-def check_status_word(status: Tensor, device: torch.device) -> None:
-    """Raise DTypeError or ShapeError unless status is ``[1] int32`` on the device."""
-    check_tensor("status", status, (torch.int32,), 1, device)
-    if status.shape[0] != 1:
-        raise ShapeError(f"expected status [1], found {tuple(status.shape)}; pass torch.zeros(1, dtype=torch.int32)")
 
 
 def check_tokens(k: Tensor, v: Tensor, layout: PageLayout) -> None:

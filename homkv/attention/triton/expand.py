@@ -202,7 +202,7 @@ def store_start(VStart, total, WIDTH: tl.constexpr):
 @triton.jit
 def find_page(Pool, PageTable, b, g, index, max_pages, num_blocks, PAGE_BYTES: tl.constexpr):
     """Pointer to page ``index`` of a sequence; a wrong table entry stays inside the pool."""
-    block = tl.load(PageTable + b.to(tl.int64) * max_pages + index)
+    block = tl.load(PageTable + b.to(tl.int64) * max_pages + tl.minimum(index, max_pages - 1))
     block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
     return Pool + (block * tl.num_programs(1) + g) * PAGE_BYTES
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from homkv.attention.triton.checks import check_view
+from homkv.attention.triton.checks import MAX_GRID, check_view
 from homkv.attention.triton.decode import classes
 from homkv.attention.triton.exact import Prior, exact_kernel, sdpa_partial
 from homkv.attention.triton.expand import Scratch, expand_kernel, query_kernel, rotations, tile_bytes
 from homkv.attention.triton.lanes import LOG2E
 from homkv.attention.triton.pages import merge_kernel, pages_kernel
-from homkv.attention.triton.prefill import HEAD_DIMS, MAX_GRID, check_causal, descriptor, exact_backend
+from homkv.attention.triton.prefill import HEAD_DIMS, check_causal, descriptor, exact_backend
 from homkv.attention.triton.runtime import num_processors
 from homkv.attention.triton.tiles import TILE, has_descriptors
 from homkv.attention.view import LayerView, check_query

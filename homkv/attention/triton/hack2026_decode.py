@@ -227,9 +227,10 @@ def decode_2026_kernel(
         tl.store(Items + b * 2 + 1, count)
     first, stop = split_range(split, count, (num_pages + PAIR - 1) // PAIR)
     first, stop = first * PAIR, tl.minimum(stop * PAIR, num_pages)
+    last = tl.minimum(tl.maximum(stop - 1, 0), max_pages - 1)
     table = PageTable + b.to(tl.int64) * max_pages
     pool = Pool + head * PAGE[5]
-    pages = find_pages(pool, table, first, stop, num_blocks, HEADS * PAGE[5], PAIR)
+    pages = find_pages(pool, table, first, last, num_blocks, HEADS * PAGE[5], PAIR)
 
     n = tl.arange(0, 8)[None, :, None, None, None] + 8 * tl.arange(0, N // 8)[None, None, :, None, None]
     row, live = query_rows(Q, n, b, head, stride_b, stride_h, stride_t, ROWS, Q_LEN, N // PAIR)
@@ -247,7 +248,7 @@ def decode_2026_kernel(
     l = tl.zeros([8, N // (2 * COPIES), COPIES, 2], tl.float32)
     place = tl.arange(0, N // (2 * COPIES))[:, None, None] if PAIR == 2 else 0
     for i in tl.range(first, stop, PAIR, num_stages=1):
-        following = find_pages(pool, table, i + PAIR, stop, num_blocks, HEADS * PAGE[5], PAIR)
+        following = find_pages(pool, table, i + PAIR, last, num_blocks, HEADS * PAGE[5], PAIR)
         for j in tl.static_range(PAIR):
             prefetch(following[j], PAGE[5])
         o, w, m, l = page_step(pages, i + place < stop, (o, w, m, l), q, PAGE, N, PAIR)

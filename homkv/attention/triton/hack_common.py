@@ -107,18 +107,18 @@ def query_rows(
 
 
 @triton.jit
-def find_page(pool, table, at, stop, num_blocks, BLOCK_BYTES: tl.constexpr):
-    """Pointer to page ``at`` of one kv head; from ``stop`` on, where there is none, to the last."""
-    block = tl.load(table + tl.minimum(at, tl.maximum(stop - 1, 0)))
+def find_page(pool, table, at, last, num_blocks, BLOCK_BYTES: tl.constexpr):
+    """Pointer to page ``at`` of one kv head; behind ``last``, where there is none, to that one."""
+    block = tl.load(table + tl.minimum(at, last))
     return pool + tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64) * BLOCK_BYTES
 
 
 @triton.jit
-def find_pages(pool, table, at, stop, num_blocks, BLOCK_BYTES: tl.constexpr, PAIR: tl.constexpr):
+def find_pages(pool, table, at, last, num_blocks, BLOCK_BYTES: tl.constexpr, PAIR: tl.constexpr):
     """Pointers to pages ``at .. at + PAIR - 1``, a tuple: every layout that needs them would load a tensor anew."""
     out = ()
     for i in tl.static_range(PAIR):
-        out = out + (find_page(pool, table, at + i, stop, num_blocks, BLOCK_BYTES),)
+        out = out + (find_page(pool, table, at + i, last, num_blocks, BLOCK_BYTES),)
     return out
 
 

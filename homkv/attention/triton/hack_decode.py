@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.checks import check_attend
+from homkv.attention.triton.checks import check_attend, reachable
 from homkv.attention.triton.hack2026_decode import decode_2026_kernel
 from homkv.attention.triton.hack_common import (
     Codec,
@@ -192,9 +192,10 @@ def decode_kernel(
         tl.store(Items + b * 2 + 1, count)
     first, stop = split_range(split, count, (pages + PAIR - 1) // PAIR)
     first, stop = first * PAIR, tl.minimum(stop * PAIR, pages)
+    last = tl.minimum(tl.maximum(stop - 1, 0), max_pages - 1)
     table = PageTable + b.to(tl.int64) * max_pages
     pool = Pool + head * PAGE[5]
-    pages = find_pages(pool, table, first, stop, num_blocks, HEADS * PAGE[5], PAIR)
+    pages = find_pages(pool, table, first, last, num_blocks, HEADS * PAGE[5], PAIR)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -220,7 +221,7 @@ def decode_kernel(
     l = tl.zeros([8, N // (2 * COPIES), COPIES, 2], tl.float32)
     place = tl.arange(0, N // (2 * COPIES))[:, None, None] if PAIR == 2 else 0
     for i in tl.range(first, stop, PAIR, num_stages=1):
-        following = find_pages(pool, table, i + PAIR, stop, num_blocks, HEADS * PAGE[5], PAIR)
+        following = find_pages(pool, table, i + PAIR, last, num_blocks, HEADS * PAGE[5], PAIR)
         for j in tl.static_range(PAIR):
             prefetch(following[j], PAGE[5])
         o, m, l = page_step(
@@ -251,7 +252,7 @@ def attend_hack(
     Raises ShapeError, DTypeError, UnsupportedError.
     """
     check_attend(q, view, codec, softmax_scale)
-    q, config = q if q.stride(-1) == 1 else q.contiguous(), config or HackConfig()
+    q, config = reachable(q), config or HackConfig()
     device, heads, (batch, _, length, dim) = q.device, view.pool.shape[1], q.shape
     rows, exact_tokens = q.shape[1] // heads * length, view.exact_k.shape[2]
     tiles = triton.next_power_of_2(triton.cdiv(exact_tokens, EXACT_TILE))

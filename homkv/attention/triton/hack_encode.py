@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.checks import EXACT_DTYPES, check_tensor
+from homkv.attention.triton.checks import EXACT_DTYPES, check_status_word
 from homkv.attention.triton.hack_common import (
     Codec,
     is_stochastic,
@@ -126,19 +126,15 @@ def encode_values(
 
 @triton.jit(do_not_specialize=["position", "k_key", "v_key"])
 def encode_kernel(
-    KIn, VIn, Pages, Blocks, Status, k_stride_h, k_stride_t, v_stride_h, v_stride_t, position, k_key, v_key,
+    KIn, VIn, Pages, Status, k_stride_h, k_stride_t, v_stride_h, v_stride_t, position, k_key, v_key,
     PAGE: tl.constexpr, HEADS: tl.constexpr, STOCHASTIC: tl.constexpr, KEY_PER_TOKEN: tl.constexpr,
-    SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Grid (pages, HEADS, 2 partitions): one partition of a page's keys, or the same channels of its values."""
     T: tl.constexpr = PAGE[0]
     PARTS: tl.constexpr = PAGE[3] // PAGE[1]
     n = tl.program_id(0)
     head = tl.program_id(1)
-    block = n
-    if SCATTER:
-        block = tl.load(Blocks + n)
-    page = Pages + (block.to(tl.int64) * HEADS + head) * PAGE[5]
+    page = Pages + (n.to(tl.int64) * HEADS + head) * PAGE[5]
     first = n.to(tl.int64) * T
     p = tl.program_id(2) % PARTS
     if tl.program_id(2) < PARTS:
@@ -150,37 +146,26 @@ def encode_kernel(
     tl.atomic_or(Status, 1, mask=wrong > 0)
 
 
-def encode(
-    k: Tensor,
-    v: Tensor,
-    codec: Codec,
-    first_position: int = 0,
-    *,
-    out: Tensor | None = None,
-    block_ids: Tensor | None = None,
-    status: Tensor | None = None,
-) -> Tensor:
-    """Quantize and pack ``k v [G, n * page_tokens, D]`` into pages: the bytes of ``codec.encode``.
+def encode(k: Tensor, v: Tensor, codec: Codec, first_position: int = 0, *, status: Tensor | None = None) -> Tensor:
+    """Quantize and pack ``k v [G, n * page_tokens, D]`` into pages ``[n, G, P] uint8``: the bytes of ``codec.encode``.
 
-    ``k v``: float16, bfloat16 or float32, any strides with the last dimension contiguous. Without ``out`` returns new
-    pages ``[n, G, P] uint8``; ``out [blocks, G, P]`` with ``block_ids [n] int32``: page i of every head goes to
-    ``out[block_ids[i]]``, which is returned whole. ``status [1] int32``: set to 1 where a value cannot be stored;
-    nothing is read back then, and the call can be captured in a CUDA graph. Without it FormatError is raised.
-    Raises ShapeError, DTypeError, UnsupportedError before the launch.
+    ``k v``: float16, bfloat16 or float32, any strides with the last dimension contiguous. ``status [1] int32``: set to
+    1 where a value cannot be stored; nothing is read back then, and the call can be captured in a CUDA graph. Without
+    it FormatError is raised. Raises ShapeError, DTypeError, UnsupportedError before the launch.
     """
     check_tokens(k, v, codec)
     heads, num_pages, device = k.shape[0], k.shape[1] // codec.page_tokens, k.device
-    pages = torch.empty(num_pages, heads, codec.page_bytes, dtype=torch.uint8, device=device) if out is None else out
-    check_out(pages, num_pages, heads, codec, block_ids)
+    if status is not None:
+        check_status_word(status, device)
+    pages = torch.empty(num_pages, heads, codec.page_bytes, dtype=torch.uint8, device=device)
     if num_pages == 0 or heads == 0:
         return pages
     flag = torch.zeros(1, dtype=torch.int32, device=device) if status is None else status
     is_v1 = isinstance(codec, HackCodec)
     encode_kernel[(num_pages, heads, 2 * codec.head_dim // codec.partition)](
-        k, v, pages.view(torch.int8), flag if block_ids is None else block_ids, flag, k.stride(0), k.stride(1),
-        v.stride(0), v.stride(1), first_position, *noise_keys(codec), PAGE=page_constants(codec), HEADS=heads,
-        STOCHASTIC=is_stochastic(codec), KEY_PER_TOKEN=is_v1, SCATTER=block_ids is not None,
-        num_warps=4 if codec.page_tokens > RUN.value else 2, enable_fp_fusion=False,
+        k, v, pages.view(torch.int8), flag, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first_position,
+        *noise_keys(codec), PAGE=page_constants(codec), HEADS=heads, STOCHASTIC=is_stochastic(codec),
+        KEY_PER_TOKEN=is_v1, num_warps=4 if codec.page_tokens > RUN.value else 2, enable_fp_fusion=False,
     )  # fmt: skip
     if status is None and int(flag):
         raise FormatError(
@@ -204,18 +189,3 @@ def check_tokens(k: Tensor, v: Tensor, codec: Codec) -> None:
             f"{v.dtype} on {v.device}; cast or move them"
         )
     check_device(k.device)
-
-
-def check_out(pages: Tensor, num_pages: int, heads: int, codec: Codec, ids: Tensor | None) -> None:
-    """Check where encoded pages go. Raises ShapeError or DTypeError."""
-    check_tensor("out", pages, (torch.uint8,), 3, pages.device)
-    blocks = num_pages if ids is None else pages.shape[0]
-    if tuple(pages.shape) != (blocks, heads, codec.page_bytes):
-        raise ShapeError(
-            f"expected out [{'blocks' if ids is not None else num_pages}, G={heads}, P={codec.page_bytes}], found "
-            f"{tuple(pages.shape)}; was the pool built for another format?"
-        )
-    if ids is not None:
-        check_tensor("block_ids", ids, (torch.int32,), 1, pages.device)
-        if ids.shape[0] != num_pages:
-            raise ShapeError(f"expected {num_pages} block_ids, found {ids.shape[0]}; one per page")

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.checks import EXACT_DTYPES
+from homkv.attention.triton.checks import EXACT_DTYPES, MAX_GRID
 from homkv.attention.triton.hack_common import is_stochastic, noise_keys, quantize, uniform_noise
 from homkv.attention.triton.hack_fragments import OFFSET, padded
 from homkv.attention.triton.lanes import LOG2E, MAGIC, MAGIC_BITS, NEVER
 from homkv.attention.triton.runtime import check_device
-from homkv.errors import DTypeError, ShapeError
+from homkv.errors import DTypeError, ShapeError, UnsupportedError
 from homkv.formats.hack import HackCodec
 
 
@@ -332,4 +332,6 @@ def check_prefill(q: Tensor, k: Tensor, v: Tensor, head_dim: int, causal_offset:
     if q.numel() and not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         strides = f"{q.stride()}, {k.stride()}, {v.stride()}"
         raise ShapeError(f"expected a contiguous last dimension, found strides {strides}; call .contiguous()")
+    if max(q.shape[0], q.shape[1], k.shape[0] * k.shape[1]) > MAX_GRID:
+        raise UnsupportedError(f"expected at most {MAX_GRID} heads, found q {tuple(q.shape)}; split the batch")
     check_device(q.device)

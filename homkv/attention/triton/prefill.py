@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from homkv.attention.triton.checks import EXACT_DTYPES, INT32_MAX
+from homkv.attention.triton.checks import EXACT_DTYPES, INT32_MAX, MAX_GRID
 from homkv.attention.triton.lanes import LOG2E, MAGIC, MAGIC_BITS, NEVER, to_int8
 from homkv.attention.triton.runtime import check_device
 from homkv.attention.triton.tiles import (
@@ -29,7 +29,6 @@ from homkv.attention.triton.tiles import (
 from homkv.errors import DTypeError, ShapeError, UnsupportedError
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_GRID = 65535  # blocks along the second and third dimension of a launch
 STATS_CHUNKS = 32  # programs that share one head's statistics, at most
 LOG2_127 = tl.constexpr(math.log2(127))
 

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homkv.attention.triton.checks import ALIGNMENT, EXACT_DTYPES, check_tensor, check_view
+from homkv.attention.triton.checks import ALIGNMENT, EXACT_DTYPES, check_status_word, check_tensor, check_view
 from homkv.attention.triton.encode import (
     EncodeConfig,
-    check_status_word,
     constants,
     interpreted,
     lanes_for,

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from jinja2 import TemplateError
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from homkv.errors import HomkvError, ShapeError, UnsupportedError
 from homkv.serve.dispatch import Dispatcher
 from homkv.serve.gateway.answers import ChatShape, CompletionShape, Shape, usage
 from homkv.serve.gateway.generate import Piece, generate, submit
-from homkv.serve.gateway.limits import Guard, describe, error_body
+from homkv.serve.gateway.limits import Guard, error_body, report, request_headers
 from homkv.serve.gateway.schema import ChatRequest, CompletionRequest
 from homkv.serve.gateway.service import add_service_routes
 from homkv.serve.gateway.text import TextStream, backend_of
@@ -51,26 +52,36 @@ class Gateway:
         self.metrics.watch(self.dispatcher)
 
     def prompt_ids(self, ask: Ask) -> list[int]:
-        """Tokens of a prompt or chat. Raises UnsupportedError for a chat if the model has no template."""
+        """Tokens of a prompt or chat. Raises UnsupportedError for a chat that the model has no template for."""
         if isinstance(ask, ChatRequest):
-            if self.tokenizer.chat_template is None:
-                raise UnsupportedError("expected a model with a chat template, found one without; use /v1/completions")
-            messages = [message.plain() for message in ask.messages]
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            return self._chat_ids([message.plain() for message in ask.messages])
         prompt: str | list[Any] = ask.prompt
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             prompt = prompt[0]
         return list(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
 
+    def _chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise UnsupportedError("expected a model with a chat template, found one without; use /v1/completions")
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except TemplateError as error:  # templates refuse roles, and their order, by raising
+            raise UnsupportedError(
+                f"expected messages that the model's chat template takes, found them refused ({error}); change their "
+                "roles or order"
+            ) from error
+
     def query(self, ask: Ask) -> Query:
         """What the instances are asked. Raises ShapeError for lengths beyond the limits."""
         ids = self.prompt_ids(ask)
+        if not ids:
+            raise ShapeError("expected a prompt of at least one token, found an empty one; send some text")
         left = min(self.context_length - len(ids), self.settings.max_new_tokens)
         if isinstance(ask, ChatRequest):
             wanted = ask.max_completion_tokens or ask.max_tokens or left
         else:
             wanted = ask.max_tokens or min(DEFAULT_MAX_TOKENS, left)
-        if not ids or left < 1 or wanted > left:
+        if left < 1 or wanted > left:
             raise ShapeError(
                 f"expected a prompt and max_tokens within {self.context_length} tokens, at most "
                 f"{self.settings.max_new_tokens} of them new, found {len(ids)} and {wanted}; shorten one of them"
@@ -148,6 +159,7 @@ def _check_model(asked: str, served: str) -> None:
 
 async def _answer(gateway: Gateway, ask: Ask, request: Request, shape: Shape) -> Response:
     """Submit a request and answer it whole or as a stream."""
+    request.state.request_id = shape.request_id
     _check_model(ask.model, gateway.settings.served_name)
     query = await asyncio.to_thread(gateway.query, ask)  # a long prompt takes a while to tokenize
     queue = submit(gateway.dispatcher, query, shape.request_id)
@@ -213,8 +225,8 @@ async def _events(
         if with_usage and last.record is not None:
             yield {"data": shape.usage_chunk(usage(last.record))}
         yield {"data": "[DONE]"}
-    except HomkvError as error:
-        yield {"data": json.dumps(describe(error)[1])}
+    except Exception as error:  # one of ours, or a bug: the client is told either way
+        yield {"data": json.dumps(report(error, shape.request_id)[1])}
     finally:
         aclose = getattr(pieces, "aclose", None)
         if aclose is not None:
@@ -237,21 +249,33 @@ class _Stream(EventSourceResponse):
 
 def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(HomkvError)
-    async def ours(_: Request, error: HomkvError) -> JSONResponse:
-        status, body = describe(error)
+    async def ours(request: Request, error: HomkvError) -> JSONResponse:
+        named = request_headers(request.scope["state"])
+        status, body = report(error, named.get("x-request-id"))
         if status < 500:
             metrics.refused(type(error).__name__)
-        return JSONResponse(body, status, headers={"Retry-After": "1"} if status in (429, 503) else None)
+        return JSONResponse(body, status, named | ({"Retry-After": "1"} if status in (429, 503) else {}))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         metrics.refused("invalid")
-        problem = error.errors()[0]
-        names = [str(part) for part in problem["loc"] if part != "body"]
-        text = f"{'.'.join(names) or 'body'}: {problem['msg']}"
-        return JSONResponse(error_body(text, "invalid_request_error", None, names[0] if names else None), 400)
+        text, param = _explain(error.errors()[0])
+        return JSONResponse(error_body(text, "invalid_request_error", None, param), 400)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code)
-        return JSONResponse(error_body(str(error.detail), "invalid_request_error", code), error.status_code)
+        headers = request_headers(request.scope["state"]) | dict(error.headers or {})
+        return JSONResponse(error_body(str(error.detail), "invalid_request_error", code), error.status_code, headers)
+
+
+def _explain(problem: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What is wrong with a request, and with which parameter; None for the body as a whole."""
+    if problem["type"] == "json_invalid":
+        return f"body: expected JSON, found {problem['ctx']['error']} at character {problem['loc'][-1]}", None
+    path: list[str | int] = [*problem["loc"][1:]]  # behind "body", "query" or "path"
+    if not path:
+        return f"body: {problem['msg']}; send a JSON object as application/json", None
+    # The members of a union are named, too, as "str" or "list[int]": the client knows them by no such name.
+    inner = [str(part) for part in path[1:] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return f"{'.'.join([str(path[0]), *inner])}: {problem['msg']}", str(path[0])

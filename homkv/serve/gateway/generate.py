@@ -1,6 +1,7 @@
 """One request from the event loop's side: a stream of pieces that cancels the request when nobody listens any more."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -57,8 +58,9 @@ def submit(dispatcher: Dispatcher, query: Query, request_id: str) -> "asyncio.Qu
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Token | Ended]()
 
     def sink(event: Progress | Token | Ended) -> None:
-        if not isinstance(event, Progress) and not loop.is_closed():
-            loop.call_soon_threadsafe(queue.put_nowait, event)
+        if not isinstance(event, Progress):
+            with contextlib.suppress(RuntimeError):  # the loop was closed, at any moment: nobody listens any more
+                loop.call_soon_threadsafe(queue.put_nowait, event)
 
     dispatcher.submit(query, sink, request_id)
     return queue

@@ -1,6 +1,7 @@
 """What stands before the routes: the API key, the size of bodies, and errors in OpenAI's shape."""
 
 import hmac
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import HTTPException
@@ -8,7 +9,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from homkv.errors import CapacityError, FormatError, HomkvError, ShapeError, TransferError, UnsupportedError
+from homkv.serve.logs import get_logger
 from homkv.serve.metrics import Metrics
+
+log = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/"})  # the page at / is empty: its data is behind the key
 
@@ -18,8 +22,19 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def describe(error: HomkvError) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body of an error that ended a request."""
+def report(error: Exception, request_id: str | None) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of an error that ended a request; a 500 is logged with its traceback."""
+    status, body = describe(error)
+    if status == 500:
+        log.error("answers 500", request_id=request_id, error=type(error).__name__, exc_info=error)
+    return status, body
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of an error that ended a request. What is not ours is a bug, whose text nobody is told."""
+    if not isinstance(error, HomkvError):
+        bug = "expected an answer, found a bug in the gateway; its log has the traceback under this request's id"
+        return 500, error_body(bug, "internal_error")
     text = str(error)
     if isinstance(error, CapacityError):
         return 429, error_body(text, "rate_limit_error", "overloaded")
@@ -27,8 +42,13 @@ def describe(error: HomkvError) -> tuple[int, dict[str, Any]]:
         return 400, error_body(text, "invalid_request_error")
     if isinstance(error, TransferError):
         return 503, error_body(text, "service_unavailable_error", "instance_failed")
-    kind = "numeric_error" if isinstance(error, FormatError) else "internal_error"
+    kind = "format_error" if isinstance(error, FormatError) else "internal_error"
     return 500, error_body(text, kind)
+
+
+def request_headers(state: Mapping[str, Any]) -> dict[str, str]:
+    """The header that names a request, if it got as far as having an id."""
+    return {"x-request-id": state["request_id"]} if "request_id" in state else {}
 
 
 class Guard:
@@ -63,8 +83,8 @@ class Guard:
         return hmac.compare_digest(header, b"Bearer " + self._api_key.encode())
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count what a body that declares no length brings; cut it off at the limit."""
-        seen = 0
+        """Count what a body that declares no length brings; cut it off at the limit. A bug's answer is JSON as well."""
+        seen, has_begun = 0, False
 
         async def counted() -> Message:
             nonlocal seen
@@ -75,7 +95,19 @@ class Guard:
                 raise HTTPException(413, self._too_large_text)
             return message
 
-        await self._app(scope, counted, send)
+        async def watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        state = scope.setdefault("state", {})  # where the routes leave the request's id
+        try:
+            await self._app(scope, counted, watched)
+        except Exception as error:
+            status, body = report(error, state.get("request_id"))
+            if has_begun:
+                raise  # the server ends the connection
+            await JSONResponse(body, status, request_headers(state))(scope, receive, send)
 
     @property
     def _too_large_text(self) -> str:

@@ -29,7 +29,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take a token; returns the text that is now certain."""
-        self._held += self._decoder.step(self._backend, token) or ""
+        self._held += self._step(token)
         if not self._stops:
             return self._release(len(self._held))
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
@@ -37,6 +37,16 @@ class TextStream:
             self.is_stopped, self._held = True, self._held[: min(found)]
             return self._release(len(self._held))
         return self._release(len(self._held) - self._longest_beginning())
+
+    def _step(self, token: int) -> str:
+        """What a token adds. tokenizers gives up where bytes that were no character become one with the next byte."""
+        try:
+            return self._decoder.step(self._backend, token) or ""
+        except Exception as error:  # it has no class of its own
+            if not str(error).startswith("Invalid prefix"):
+                raise
+            self._decoder = DecodeStream(skip_special_tokens=True)  # text goes on with this token, alone
+            return self._decoder.step(self._backend, token) or ""
 
     def flush(self) -> str:
         """The answer is over: what was held back was no stop string."""

@@ -1,5 +1,7 @@
 """What the tests of the decode kernels share; ``run`` and ``Codec`` are of HACK's two."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,14 @@ Results = tuple[Tensor, Tensor]
 
 def to_device(view: LayerView, device: torch.device) -> LayerView:
     return LayerView(**{name: x.to(device) for name, x in vars(view).items()})
+
+
+def one_page_too_many(view: LayerView, behind: int) -> LayerView:
+    """A count beyond the table's columns, and ``behind`` in the memory where that page would be looked up."""
+    size = view.page_table.numel()
+    memory = torch.full((size + 1,), behind, dtype=torch.int32, device=view.page_table.device)
+    table = memory[:size].copy_(view.page_table.flatten()).view_as(view.page_table)
+    return replace(view, page_table=table, num_pages=view.num_pages + 1)
 
 
 def queries(batch: int, group: int, head_dim: int, tokens: int = 1) -> Tensor:

@@ -7,10 +7,11 @@ from itertools import product
 import pytest
 import torch
 from chosen import cases
-from decode_cases import HEADS, Results, assert_accurate, error, queries, to_device
+from decode_cases import HEADS, Results, assert_accurate, error, one_page_too_many, queries, to_device
 from torch import Tensor
 
 from homkv.attention import triton
+from homkv.attention.triton.checks import reachable
 from homkv.attention.triton.decode import attend_rows
 from homkv.attention.view import LayerView
 from homkv.errors import DTypeError, ShapeError, UnsupportedError
@@ -123,6 +124,16 @@ def test_nothing_outside_is_read(device: torch.device) -> None:
     wrong = replace(view, page_table=view.page_table + 10_000, slots=view.slots + 10_000)
     o, _ = run(q, wrong, codec, device)
     assert o.shape == q.shape
+    view = to_device(view, device)
+    first, second = (run(q, one_page_too_many(view, block), codec, device) for block in view.page_table[0, :2].tolist())
+    assert torch.equal(first[0], second[0])
+
+
+def test_queries_beyond_int32_offsets_are_copied() -> None:
+    """The last token's rows in the queries of a very long prompt."""
+    near, far = (torch.empty_strided((1, 8, 1, 64), (8 * n, n, 64, 1), device="meta") for n in (64 * 2**20, 2**29))
+    assert reachable(near) is near
+    assert reachable(far).is_contiguous()
 
 
 def test_a_nan_query_spoils_its_own_rows_only(device: torch.device) -> None:

@@ -42,10 +42,9 @@ def test_kernels_do_what_torch_does(preset: str, device: torch.device) -> None:
     k, v = both[:, :, 0], both[:, :, 1]
     plain.store_one(tables, exact, Places.of(lengths, plan.ring_blocks), k, v)
     expected = plain.view(tables, exact, plain.ring(exact, lengths), new=1)
-    status = torch.zeros(1, dtype=torch.int32, device=device)
     wide = torch.cat((exact, exact), 1)[:, : plan.exact_blocks]  # vLLM's table has columns to spare
-    found = store.step(tables[:, 1:].contiguous(), wide, lengths, k, v, status)
-    assert status.item() == 0
+    found, taint = store.step(tables[:, 1:].contiguous(), wide, lengths, k, v)
+    assert torch.equal(taint, torch.zeros_like(taint))
     first = plan.pages_per_block  # of block 1: block 0 is nobody's
     assert torch.equal(store.pool[first:], plain.pool[first:])
     for name in ("num_pages", "exact_len", "page_table"):

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from chosen import cases
+from decode_cases import error, one_page_too_many, to_device
 from torch import Tensor
 
 from homkv.attention import reference
@@ -52,16 +53,11 @@ def make_inputs(
 
 def run(inputs: Inputs, device: torch.device, **options: object) -> Tensor:
     q, k, v, view, codec = inputs
-    on_device = LayerView(**{name: x.to(device) for name, x in vars(view).items()})
-    scale = codec.head_dim**-0.5
-    o = extend(q.to(device), k.to(device), v.to(device), on_device, codec, scale, **options)  # type: ignore[arg-type]
+    scale, there = codec.head_dim**-0.5, to_device(view, device)
+    o = extend(q.to(device), k.to(device), v.to(device), there, codec, scale, **options)  # type: ignore[arg-type]
     assert o.dtype == q.dtype
     assert o.shape == q.shape
     return o.cpu()
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
 def assert_accurate(found: Tensor, inputs: Inputs, slack: float = 5e-4) -> None:
@@ -229,6 +225,10 @@ def test_nothing_outside_is_read(device: torch.device) -> None:
     q, k, v, view, codec = make_inputs("small", 64, [400], 3)
     wrong = LayerView(**{**vars(view), "page_table": view.page_table + 10_000, "slots": view.slots + 10_000})
     assert run((q, k, v, wrong, codec), device).shape == q.shape
+    view = to_device(view, device)
+    blocks = view.page_table[0, :2].tolist()
+    first, second = (run((q, k, v, one_page_too_many(view, block), codec), device) for block in blocks)
+    assert torch.equal(first, second)
 
 
 def test_a_nan_query_spoils_its_own_row_only(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from chosen import cases
-from decode_cases import HEADS, Codec, assert_accurate, error, queries, run, to_device
+from decode_cases import HEADS, Codec, assert_accurate, error, one_page_too_many, queries, run, to_device
 
 from homkv.attention import api
 from homkv.attention import triton as kernels
@@ -125,6 +125,13 @@ def test_a_nan_query_spoils_its_own_rows_only(codec: Codec, device: torch.device
     o, _ = run(q, view, codec, device)
     assert o[0, 0].isnan().any()
     assert not o[0, 1:].isnan().any()
+
+
+@both
+def test_a_count_beyond_the_table_reads_nothing_behind_it(codec: Codec, device: torch.device) -> None:
+    view, q = to_device(make_view(codec, [5 * codec.page_tokens + 10], HEADS), device), queries(1, 2, 64).half()
+    first, second = (run(q, one_page_too_many(view, block), codec, device) for block in view.page_table[0, :2].tolist())
+    assert torch.equal(first[0], second[0])
 
 
 @both

@@ -88,17 +88,6 @@ def test_uniform_noise(stream: int, device: torch.device) -> None:
 
 
 @both
-def test_pages_go_where_they_are_told(codec: Codec, device: torch.device) -> None:
-    k, v = (x.to(device) for x in tokens(codec, 2))
-    pool = torch.full((5, HEADS, codec.page_bytes), 0xFF, dtype=torch.uint8, device=device)
-    ids = torch.tensor([3, 1], dtype=torch.int32, device=device)
-    assert encode(k, v, codec, out=pool, block_ids=ids) is pool
-    assert torch.equal(pool[[3, 1]], encode(k, v, codec))
-    assert bool((pool[[0, 2, 4]] == 0xFF).all())
-    assert encode(k[:, :0], v[:, :0], codec).shape == (0, HEADS, codec.page_bytes)
-
-
-@both
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -1e30, 3e38])
 def test_values_that_a_page_cannot_hold_are_refused(value: float, codec: Codec, device: torch.device) -> None:
     for i in (0, 1):
@@ -120,11 +109,11 @@ def test_wrong_input_is_refused(codec: Codec, device: torch.device) -> None:
         encode(k[0], v[0], codec)
     with pytest.raises(DTypeError, match="cast or move"):
         encode(k, v.half(), codec)
-    with pytest.raises(ShapeError, match="another format"):
-        encode(k, v, codec, out=torch.empty(1, HEADS, 100, dtype=torch.uint8, device=device))
-    pool = torch.empty(1, HEADS, codec.page_bytes, dtype=torch.uint8, device=device)
-    with pytest.raises(ShapeError, match="one per page"):
-        encode(k, v, codec, out=pool, block_ids=torch.zeros(2, dtype=torch.int32, device=device))
+    with pytest.raises(DTypeError, match="status of int32"):
+        encode(k, v, codec, status=torch.zeros(1, device=device))
+    with pytest.raises(ShapeError, match="expected status"):
+        encode(k, v, codec, status=torch.zeros(2, dtype=torch.int32, device=device))
+    assert encode(k[:, :0], v[:, :0], codec).shape == (0, HEADS, codec.page_bytes)
 
 
 @both

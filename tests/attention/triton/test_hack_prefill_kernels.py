@@ -11,7 +11,7 @@ from torch import Tensor
 from homkv.attention import api
 from homkv.attention.triton.hack2026_prefill import hack2026_prefill
 from homkv.attention.triton.hack_prefill import PrefillConfig, hack_prefill
-from homkv.errors import DTypeError, ShapeError
+from homkv.errors import DTypeError, ShapeError, UnsupportedError
 from homkv.formats.base import EIGHT_BIT, UNROUNDED, Rounding
 from homkv.formats.hack import HackCodec, HackOptions
 from homkv.formats.hack2026 import Hack2026Codec, Hack2026Options
@@ -141,4 +141,6 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         hack2026_prefill(q.double(), k, v, Hack2026Codec(64), 0.125)
     with pytest.raises(ShapeError, match="contiguous last dimension"):
         hack_prefill(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, HackCodec(64), 0.125)
+    with pytest.raises(UnsupportedError, match="at most 65535 heads"):
+        hack_prefill(*(x[:1].expand(70_000, -1, -1, -1) for x in (q, k, v)), HackCodec(64), 0.125)
     assert hack_prefill(q[:, :, :0], k[:, :, :0], v[:, :, :0], HackCodec(64), 0.125).numel() == 0

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from homkv.attention import api
-from homkv.errors import FormatError
 from homkv.formats.rows import RowsCodec
 from homkv.spec import RowsSpec
 from homkv.vllm.blocks import BlockPlan
 from homkv.vllm.lasting import Kept, Lasting
-from homkv.vllm.store import LayerStore, Places, page_ids
+from homkv.vllm.store import MARK, LayerStore, Places, page_ids
 
 HEADS, DIM, ROWS, MAX_ROWS = 2, 64, 4, 5
 PLAN, LONG = (BlockPlan.of(RowsSpec.parse(name), DIM) for name in ("balanced", "balanced-long"))
@@ -65,8 +64,9 @@ class Decode:
 
     def run(self) -> None:
         kept = self.kept
-        view = self.store.step(kept.pages, self.exact, kept.lengths, self.k, self.v, kept.status)
-        self.o.copy_(api.attend(self.q, view, self.store.codec, DIM**-0.5)[0])
+        view, taint = self.store.step(kept.pages, self.exact, kept.lengths, self.k, self.v)
+        o, _ = api.attend(self.q, view, self.store.codec, DIM**-0.5)
+        torch.add(o, taint[:, None, None, None], out=self.o)
 
     def captured(self) -> Callable[[], None]:
         """:meth:`run`, from a graph where there are graphs."""
@@ -89,7 +89,6 @@ def compare(decode: Decode, plain: LayerStore) -> None:
         lengths = [start + step for start in STARTS]
         new = [torch.randn(3, n, DIM).bfloat16().to(device) for n in (ROWS, HEADS, HEADS)]
         decode.q[:3], decode.k[:3], decode.v[:3] = new[0].unsqueeze(2), new[1], new[2]
-        decode.lasting.check(wait=False)
         decode.metadata(lengths)
         decode.replay()
         host = Places.of(torch.tensor(lengths), plan.ring_blocks)
@@ -118,11 +117,26 @@ def test_metadata_stays_where_it_was(device: torch.device) -> None:
     assert kept.lengths.tolist() == [128, 251, 64, 0]
 
 
-def test_a_page_that_cannot_be_encoded_is_reported_before_anything_reads_it(device: torch.device) -> None:
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf, 2e5])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_a_page_that_cannot_be_stored_taints_whoever_reads_it_and_nobody_else(
+    device: torch.device, which: str, wrong: float
+) -> None:
+    """Two sequences fill a page in one step, one of them with a number that no page holds: 2e5 only exact tokens do."""
     decode = Decode(filled(device), device)
-    decode.lasting.check(wait=True)
-    decode.k[0, 0, 5] = torch.inf
-    decode.metadata([128, 251, 64])
-    decode.run()
-    with pytest.raises(FormatError, match="not finite"):
-        decode.lasting.check(wait=True)
+    tables = page_ids(blocks_of(PLAN)[:, :1], PLAN.pages_per_block).long().to(device)
+
+    def finite(lengths: list[int]) -> list[bool]:
+        for x in (decode.q, decode.k, decode.v):
+            x.normal_()
+        if lengths[1] == 384:
+            getattr(decode, which)[1, 0, 5] = wrong
+        decode.metadata(lengths)
+        decode.replay()
+        return [bool(decode.o[row].isfinite().all()) for row in range(3)]
+
+    assert finite([127, 383, 62]) == [True, True, True]
+    assert finite([128, 384, 63])[::2] == [True, True]
+    assert (decode.store.marks[tables] == MARK).nonzero().tolist() == [[1, 5]]
+    assert finite([129, 385, 64]) == [True, wrong == 2e5, True]  # page 5 is the window: read exactly
+    assert finite([193, 449, 65]) == [True, False, True]  # its tokens have left the window
