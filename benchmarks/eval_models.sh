@@ -11,7 +11,7 @@ set -eu
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/eval}; DEVICE=${DEVICE:-cuda}; PYTHON=${PYTHON:-python3}; SHORT=${SHORT:-}; BASES=runs/bases
 IMPL=$([[ $DEVICE == cpu ]] || echo "--impl reference")  # on a GPU: the stored codes, pages from the CPU; compiles nothing
-PARTS="text find greedy search 6k drift prefill gate code serial keys basis hack"
+PARTS="text find greedy search 6k drift prefill gate code serial keys6k basis hack"
 export OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$OUT"
 
@@ -28,6 +28,11 @@ measure() {  # NAME OPTIONS...
         ${SHORT:+--passkeys 1 --passkey-length 700 --copies 1 --greedy 1 --greedy-tokens 8 --problems 1 --code-tokens 8}
 }
 
+known() {  # NAME PATTERN: stored cases that match begin the part's record: they are not measured again
+    local stored=benchmarks/results/eval-$model-h100.jsonl record=$OUT/$model-$1.jsonl
+    [[ -e $record || ! -e $stored ]] || grep -E "$2" "$stored" > "$record" || true
+}
+
 evaluate() {  # MODEL PART
     local model=$1 source=${MODEL_DIR:+$MODEL_DIR/}$1${MODEL_DIR:+.gguf}
     local plans=(benchmarks/plans/"$model"-2.6.json benchmarks/plans/"$model"-2.25.json)
@@ -36,13 +41,12 @@ evaluate() {  # MODEL PART
     local rivals; rivals=$(formats bf16 fp8 turbo decoquant kvquant:bits=3 kvquant cachegen cachegen:as=published)
     local serial; serial=$(formats kivi:bits=4 kivi hack-2026 hack)  # token by token: slow
     case $2 in
-    text) measure text --task text --texts 6 --prefix 1792 --scored 384 $ours $rivals ;;
-    find) measure find --task passkey --task copy --passkeys 8 --passkey-length 1900 --copies 2 --prefix 1792 $ours \
-        $rivals $serial ;;
+    text) measure text --batch 6 --task text --texts 6 --prefix 1792 --scored 384 $ours $rivals ;;
+    find) measure find --batch 8 --task passkey --task copy --passkeys 8 --passkey-length 1900 --copies 2 --prefix 1792 \
+        $ours $rivals $serial ;;
     greedy)
-        [[ -e $OUT/$model-greedy.jsonl ]] || grep '"task":"greedy"' "benchmarks/results/eval-$model-h100.jsonl" \
-            > "$OUT/$model-greedy.jsonl" || true  # what is known is not measured again
-        measure greedy --task greedy --greedy 32 --greedy-tokens 128 --prefix 1792 \
+        known greedy '"task":"greedy"'
+        measure greedy --batch 12 --task greedy --greedy 32 --greedy-tokens 128 --prefix 1792 \
             $(formats near-lossless balanced-long "${plans[0]}") ;;
     search)
         logged "$model-search" "$PYTHON" benchmarks/format_search.py "$source" k4420v2222 k4420v4222 \
@@ -50,26 +54,29 @@ evaluate() {  # MODEL PART
             k4420v4222,w=192,vo={1,2} k4420v4220,w=192,vo={1,2} k4420v2222,w=192 k4220v4220,vo={1,2} k4220v2222 \
             k4220v2222,c8={1,4} k8420v4222 k8420v4222,vo={1,2} --device "$DEVICE" --threads 2 --texts "${SHORT:-6}" \
             --prefix 1796 --scored 384 ${SHORT:+--prefix 516 --scored 64} --json "$OUT/$model-search.jsonl" ;;
-    6k) measure 6k --task text --texts 3 --prefix 6016 --scored 256 $ours $(formats fp8 kvquant:bits=3) ;;
-    16k) measure 16k --task text --texts 3 --prefix 16000 --scored 256 $few ;;
+    6k) measure 6k --batch 3 --task text --texts 3 --prefix 6016 --scored 256 $ours $(formats fp8 kvquant:bits=3) ;;
+    16k) measure 16k --batch 3 --task text --texts 3 --prefix 16000 --scored 256 $few ;;
     32k) measure 32k --task text --texts 3 --prefix 32000 --scored 256 $few ;;
-    keys)  # at other lengths
-        measure keys --task passkey --no-bf16 --passkeys 8 --passkey-length 6000 $ours $(formats fp8)
-        [[ $model == smollm2 ]] || measure keys --task passkey --no-bf16 --passkeys 8 --passkey-length 16000 $ours ;;
-    drift) measure drift --task text --texts 3 --prefix 1024 --scored 1024 $few ;;
-    prefill) measure prefill --prefill quantized --no-bf16 --task text --texts 3 --prefix 1792 --scored 256 $few ;;
-    gate) logged "$model-gate" "$PYTHON" -m homkv.cli eval --device "$DEVICE" $IMPL --num-threads 2 --gate \
+    keys6k) measure keys6k --batch 8 --task passkey --no-bf16 --passkeys 8 --passkey-length 6000 $ours $(formats fp8) ;;
+    keys16k) measure keys16k --batch 4 --task passkey --no-bf16 --passkeys 8 --passkey-length 16000 $few ;;
+    drift) measure drift --batch 3 --task text --texts 3 --prefix 1024 --scored 1024 $few ;;
+    prefill) measure prefill --batch 3 --prefill quantized --no-bf16 --task text --texts 3 --prefix 1792 --scored 256 $few ;;
+    gate) logged "$model-gate" "$PYTHON" -m homkv.cli eval --device "$DEVICE" $IMPL --num-threads 2 --batch 6 --gate \
         "benchmarks/gates/$model$([[ $model != smollm2 || $SHORT ]] || echo -full).json" ;;
-    code) measure code --task code --no-bf16 --problems 16 --code-tokens 96 --run-code $few ;;
-    serial) measure serial --task text --no-bf16 --texts 6 --prefix 1792 --scored 384 $serial ;;
+    code)
+        known code '"task":"code"'
+        measure code --task code --no-bf16 --problems 16 --code-tokens 96 --run-code $few ;;
+    serial)
+        known serial '"format":"(exact|kivi|hack).*"task":"text".*"prefix":1792'
+        measure serial --batch 6 --task text --no-bf16 --texts 6 --prefix 1792 --scored 384 $serial ;;
     basis)
         logged "$model-basis" "$PYTHON" -m homkv.cli basis --model "$source" --num-threads 4 --out "$BASES/$model.safetensors" \
             ${SHORT:+--texts 1 --tokens 128}
-        measure basis --task text --no-bf16 --texts 6 --prefix 1792 --scored 384 \
+        measure basis --batch 6 --task text --no-bf16 --texts 6 --prefix 1792 --scored 384 \
             $(formats bf16 "basis:file=$BASES/$model.safetensors") ;;
-    hack) measure hack --task text --no-bf16 --texts 3 --prefix 1792 --scored 384 \
+    hack) measure hack --batch 6 --task text --no-bf16 --texts 6 --prefix 1792 --scored 384 \
         $(formats hack:rounding=nearest hack:pi=32 hack:pi=128 hack:rqe=0 hack-2026:pi=128) ;;
-    *) echo "expected parts out of $PARTS 16k 32k, found $2"; return 1 ;;
+    *) echo "expected parts out of $PARTS 16k keys16k 32k, found $2"; return 1 ;;
     esac
 }
 
@@ -78,6 +85,6 @@ lane() {  # "MODEL PART..."
     for part in "${words[@]:1}"; do evaluate "${words[0]}" "$part"; done
 }
 
-(($#)) || set -- "smollm2 $PARTS" "qwen2.5-coder-0.5b $PARTS 16k 32k" "qwen2.5-coder-1.5b $PARTS 16k"
+(($#)) || set -- "smollm2 $PARTS" "qwen2.5-coder-0.5b $PARTS 16k keys16k 32k" "qwen2.5-coder-1.5b $PARTS 16k keys16k"
 for words in "$@"; do lane "$words" & done
 wait

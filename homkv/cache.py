@@ -199,13 +199,15 @@ class PagedCache(SequenceTable):
         self._reserve([(self._sequence(s), self._pages_after(layer, s, n)) for s, n in new_tokens])
         if q.shape[2] == 1 and real is None:
             out = self._attend_one(layer, seq_ids, q, k, v, softmax_scale)
+        elif real is None and len({self.num_tokens(s, layer) > 0 for s in seq_ids}) == 1:
+            out = self._attend_chunk(layer, seq_ids, q, k, v, softmax_scale)
         else:
             out = torch.zeros_like(q)
             for i, seq_id in enumerate(seq_ids):
                 at = slice(None) if real is None else self._real_columns(real[i])
-                rows = q[i, :, at], k[i, :, at], v[i, :, at]
+                one = q[i : i + 1, :, at], k[i : i + 1, :, at], v[i : i + 1, :, at]
                 if lengths[i]:
-                    out[i, :, at] = self._attend_chunk(layer, seq_id, *rows, softmax_scale)
+                    out[i, :, at] = self._attend_chunk(layer, [seq_id], *one, softmax_scale)[0]
         if layer == self.num_layers - 1:
             self.check_values(seq_ids)
         return out
@@ -280,17 +282,19 @@ class PagedCache(SequenceTable):
             empty = self._exact_k[layer][slot, :, :0]
             self._store(layer, sequence, empty, empty)
 
-    def _attend_chunk(self, layer: int, seq_id: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """T tokens of one sequence, ``q [H, T, D]``: exact triangle, merged with attention over what is stored."""
+    def _attend_chunk(
+        self, layer: int, seq_ids: list[int], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
+    ) -> Tensor:
+        """T tokens of each sequence, all of them empty or none: exact triangle, merged with what is stored."""
         codec = self.codecs[layer]
-        if self.num_tokens(seq_id, layer) == 0:
-            o = api.prefill(codec, q[None], k[None], v[None], softmax_scale, impl=self.impl)[0]
+        if self.num_tokens(seq_ids[0], layer) == 0:
+            o = api.prefill(codec, q, k, v, softmax_scale, impl=self.impl)
         elif api.computes_quantized_prefill(codec):
             raise UnsupportedError(f"expected the whole prompt at once for {codec.name}, found a later chunk of it")
         else:
-            view = self.view(layer, [seq_id])
-            o = api.extend(q[None], k[None], v[None], view, codec, softmax_scale, impl=self.impl)[0]
-        self._store(layer, self._sequence(seq_id), k, v)
+            o = api.extend(q, k, v, self.view(layer, seq_ids), codec, softmax_scale, impl=self.impl)
+        for i, seq_id in enumerate(seq_ids):
+            self._store(layer, self._sequence(seq_id), k[i], v[i])
         return o
 
     # -- decoding outside ---------------------------------------------------------------------------------------

@@ -20,38 +20,52 @@ def merge_partials(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -
     return o * weight + other_o * other_weight, total
 
 
-def sequence_parts(view: LayerView, b: int, codec: PageCodec) -> tuple[Tensor, Tensor, Tensor]:
-    """Pages ``[G, N, P]`` and exact keys and values ``[G, E, D]`` of one sequence, as the format shows them."""
-    n, length, slot = int(view.num_pages[b]), int(view.exact_len[b]), int(view.slots[b])
-    pages = view.pool[view.page_table[b, :n].long()].transpose(0, 1)
-    k, v = view.exact_k[slot, :, :length], view.exact_v[slot, :, :length]
+Alike = tuple[int, int, list[int] | slice]  # pages, exact tokens, and which sequences of a view have so many
+
+
+def alike(view: LayerView) -> list[Alike]:
+    """The view's sequences by their numbers of pages and exact tokens: what can be computed side by side."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for b, (pages, length) in enumerate(torch.stack((view.num_pages, view.exact_len), 1).tolist()):  # read back once
+        groups.setdefault((pages, length), []).append(b)
+    if len(groups) == 1:
+        return [(*next(iter(groups)), slice(None))]  # nothing has to be uploaded
+    return [(*counts, members) for counts, members in groups.items()]
+
+
+def stored_parts(view: LayerView, group: Alike, codec: PageCodec) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages ``[B, G, N, P]`` and exact keys and values ``[B, G, E, D]`` of a group, as the format shows them."""
+    n, length, rows = group
+    slots = view.slots[rows].long()
+    pages = view.pool[view.page_table[rows, :n].long()].transpose(1, 2)
+    k, v = view.exact_k[slots, :, :length], view.exact_v[slots, :, :length]
     sinks = min(codec.num_sinks, length)
     first = sinks + n * codec.page_tokens
     with OVERHEAD.running():
-        k_win, v_win = codec.see_window(k[:, sinks:], v[:, sinks:], first)
+        k_win, v_win = codec.see_window(k[:, :, sinks:], v[:, :, sinks:], first)
     return (
         pages,
-        torch.cat((k[:, :sinks].to(k_win.dtype), k_win), 1),
-        torch.cat((v[:, :sinks].to(v_win.dtype), v_win), 1),
+        torch.cat((k[:, :, :sinks].to(k_win.dtype), k_win), 2),
+        torch.cat((v[:, :, :sinks].to(v_win.dtype), v_win), 2),
     )
 
 
-def _one_sequence(
+def _side_by_side(
     q: Tensor, parts: tuple[Tensor, Tensor, Tensor], codec: PageCodec, scale: float, rounding: Rounding
 ) -> tuple[Tensor, Tensor]:
-    """``q [G, R, D]`` over one sequence: ``o [G, R, D]``, ``lse [G, R]``, in q's dtype."""
+    """``q [B, G, R, D]`` over sequences alike: ``o [B, G, R, D]``, ``lse [B, G, R]``, in q's dtype."""
     pages, k, v = parts
     if isinstance(codec, RestoredCodec):  # once for both products
         with OVERHEAD.running():
             restored = codec.dense(pages, q.dtype)
-        k, v = (torch.cat((x, exact.to(q.dtype)), 1) for x, exact in zip(restored, (k, v), strict=True))
-        pages = pages[:, :0]
-    n = pages.shape[1]
+        k, v = (torch.cat((x, exact.to(q.dtype)), 2) for x, exact in zip(restored, (k, v), strict=True))
+        pages = pages[:, :, :0]
+    n = pages.shape[2]
     exact = q @ k.to(q.dtype).transpose(-1, -2)
     coded = codec.scores(q, pages, rounding, q.dtype) if n else exact[..., :0]
     scores = torch.cat((coded, exact), -1) * scale
     if scores.shape[-1] == 0:
-        return torch.zeros_like(q), torch.full(q.shape[:-1], -torch.inf, dtype=q.dtype)
+        return torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)
     lse = torch.logsumexp(scores, -1)
     p = torch.exp(scores - scores.amax(-1, keepdim=True))  # tile-wise rounding needs weights relative to a maximum
     split = n * codec.page_tokens
@@ -78,9 +92,11 @@ def attend(
     groups = view.pool.shape[1]
     b, h, t, d = q.shape
     rows = q.to(dtype).reshape(b, groups, h // groups * t, d)
-    outs = [_one_sequence(rows[i], sequence_parts(view, i, codec), codec, softmax_scale, rounding) for i in range(b)]
-    o = torch.stack([x[0] for x in outs]).reshape(b, h, t, d)
-    return o, torch.stack([x[1] for x in outs]).reshape(b, h, t)
+    o, lse = torch.empty_like(rows), torch.empty_like(rows[..., 0])
+    for group in alike(view):
+        at = group[-1]
+        o[at], lse[at] = _side_by_side(rows[at], stored_parts(view, group, codec), codec, softmax_scale, rounding)
+    return o.reshape(b, h, t, d), lse.reshape(b, h, t)
 
 
 def oracle(q: Tensor, view: LayerView, codec: PageCodec, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -91,13 +107,13 @@ def oracle(q: Tensor, view: LayerView, codec: PageCodec, softmax_scale: float) -
     groups = view.pool.shape[1]
     b, h, t, d = q.shape
     rows = q.double().reshape(b, groups, h // groups * t, d)
-    outs, lses = [], []
-    for i in range(b):
-        pages, k, v = sequence_parts(view, i, codec)
-        if pages.shape[1]:
+    o, lse = torch.empty_like(rows), torch.empty_like(rows[..., 0])
+    for group in alike(view):
+        at = group[-1]
+        pages, k, v = stored_parts(view, group, codec)
+        if pages.shape[2]:
             k_dense, v_dense = codec.dense(pages, torch.float64)
-            k, v = torch.cat((k_dense, k.double()), 1), torch.cat((v_dense, v.double()), 1)
-        scores = rows[i] @ k.double().transpose(-1, -2) * softmax_scale
-        lses.append(torch.logsumexp(scores, -1))
-        outs.append(torch.softmax(scores, -1) @ v.double())
-    return torch.stack(outs).reshape(b, h, t, d), torch.stack(lses).reshape(b, h, t)
+            k, v = torch.cat((k_dense, k.double()), 2), torch.cat((v_dense, v.double()), 2)
+        scores = rows[at] @ k.double().transpose(-1, -2) * softmax_scale
+        o[at], lse[at] = torch.softmax(scores, -1) @ v.double(), torch.logsumexp(scores, -1)
+    return o.reshape(b, h, t, d), lse.reshape(b, h, t)

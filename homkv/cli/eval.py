@@ -49,6 +49,7 @@ def evaluate(
     run_code: Annotated[bool, typer.Option("--run-code", help="Run what models write for HumanEval, limited.")] = False,
     bf16: Annotated[bool, typer.Option(help="A row for the whole model in bfloat16.")] = True,
     speed: Annotated[bool, typer.Option(help="Time an attention step of each format.")] = True,
+    batch: Annotated[int, typer.Option(help="Texts of one length computed side by side; fewer need less memory.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the format's first.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
@@ -60,7 +61,7 @@ def evaluate(
     """Measure formats against the unquantized model: KL, perplexity, top-1, drift, retrieval, copying, code, bytes."""
     console, place = Console(), Place(device, impl, num_threads)
     if gate is not None:
-        _gate(gate, console, place)
+        _gate(gate, console, place, batch)
         return
     if not only_report:
         names = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
@@ -104,7 +105,7 @@ def _measure(model: str, names: tuple[str, ...], given: Mapping[str, Any], conso
     from homkv.models import load_model
 
     options, path = _options(given), given["record"]
-    conditions = Conditions(names, given["prefill"], place.impl, given["run_code"], given["bf16"])
+    conditions = Conditions(names, given["prefill"], place.impl, given["run_code"], given["bf16"], given["batch"])
     with steps(console) as progress:
         loaded = load_model(model, device=place.device, num_threads=place.num_threads, progress=progress.note)
         items = make_items(loaded.tokenizer, options)
@@ -164,7 +165,7 @@ def _report(path: Path, page: Path | None, console: Console) -> None:
         console.print(f"wrote {page}", highlight=False)
 
 
-def _gate(path: Path, console: Console, place: Place) -> None:
+def _gate(path: Path, console: Console, place: Place, batch: int) -> None:
     """Measure what the gate asks for in a file of its own, and exit with 1 if a threshold is missed."""
     import tempfile
 
@@ -179,7 +180,7 @@ def _gate(path: Path, console: Console, place: Place) -> None:
     options = Options(
         gate.tasks, gate.texts, gate.prefix, gate.scored, gate.passkeys, (length,), gate.copies, copy_length=length
     )
-    conditions = Conditions(tuple(gate.formats), impl=place.impl, bf16=False)
+    conditions = Conditions(tuple(gate.formats), impl=place.impl, bf16=False, batch=batch)
     with steps(console) as progress, tempfile.TemporaryDirectory() as folder:
         loaded = load_model(gate.model, device=place.device, num_threads=place.num_threads, progress=progress.note)
         items = make_items(loaded.tokenizer, options)

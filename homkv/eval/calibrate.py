@@ -187,7 +187,7 @@ def _divergences(
     loaded: LoadedModel, items: Sequence[Item], names: tuple[str, ...], path: Path, step: Step, impl: str | None
 ) -> dict[str, float]:
     """Mean KL (nats) of every format over all texts. Raises FormatError if one could not be measured."""
-    cases = measure_cases(loaded, items, Conditions(names, impl=impl, bf16=False), path, step)
+    cases = measure_cases(loaded, items, Conditions(names, impl=impl, bf16=False, batch=len(items)), path, step)
     by_format: dict[str, list[Case]] = {}
     for case in cases:
         if case.error:

@@ -56,9 +56,14 @@ def problems() -> list[Problem]:
 
 
 def few_shot(all_problems: list[Problem], index: int, num_solved: int) -> str:
-    """The prompt of problem ``index`` behind ``num_solved`` other problems with their solutions."""
+    """The prompt of problem ``index`` behind ``num_solved`` other problems with their solutions.
+
+    It ends before the line break that a completion begins with: tokenizers that join a line break with the indentation
+    behind it never see one alone before a body, and their models then begin another function.
+    """
     others = [all_problems[(index + 1 + i) % len(all_problems)] for i in range(num_solved)]
-    return "\n\n".join([p.prompt + p.canonical_solution.rstrip() for p in others] + [all_problems[index].prompt])
+    solved = [p.prompt + p.canonical_solution.rstrip() for p in others]
+    return "\n\n".join([*solved, all_problems[index].prompt.rstrip()])
 
 
 def cut(completion: str) -> str:

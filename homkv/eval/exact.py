@@ -4,7 +4,7 @@ The prefix is prefilled, the tail behind it computed in one pass, in which queri
 layer are kept. Or the model writes the tail itself, greedily.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +84,8 @@ def check_lengths(loaded: LoadedModel, prefix: int, total: int) -> None:
     """Raise ShapeError unless 0 < prefix < total <= the model's context."""
     if not 0 < prefix < total <= loaded.context_length:
         raise ShapeError(
-            f"expected 0 < prefix < tokens <= {loaded.context_length}, found prefix {prefix} and {total} tokens"
+            f"expected 0 < prefix < tokens <= {loaded.context_length}, the model's context, found prefix {prefix} and "
+            f"{total} tokens; choose shorter ones"
         )
 
 
@@ -103,15 +104,24 @@ def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int, *, record: bool = F
 
 
 @torch.no_grad()
-def continue_greedily(loaded: LoadedModel, ids: Tensor, count: int) -> list[int]:
-    """The ``count`` tokens that the exact model writes behind ``ids [T]``, greedily; stops at none."""
-    check_lengths(loaded, len(ids) - 1, len(ids) - 1 + count)
-    cache, _, _ = _prefill(loaded, ids[:-1].to(loaded.model.device))
-    tokens = [int(ids[-1])]
+def continue_greedily(loaded: LoadedModel, ids: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens that the exact model writes behind each row of ``ids [B, T]``, greedily; stops at none."""
+    check_lengths(loaded, ids.shape[1] - 1, ids.shape[1] - 1 + count)
+    ids = ids.to(loaded.model.device)
+    caches = [_prefill(loaded, row[:-1])[0] for row in ids]
+    cache = caches[0] if len(caches) == 1 else joined_caches(caches)
+    tokens = [ids[:, -1:]]
     for _ in range(count):
-        step = torch.tensor([[tokens[-1]]], device=loaded.model.device)
-        tokens.append(int(forward_with_cache(loaded.model, step, cache).logits[0, -1].argmax()))
-    return tokens[1:]
+        tokens.append(forward_with_cache(loaded.model, tokens[-1], cache).logits[:, -1:].argmax(-1))
+    return torch.cat(tokens[1:], 1).cpu()
+
+
+def joined_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache of several texts of one length, each prefilled by itself: a long prompt's scores take much memory."""
+    joined = DynamicCache()
+    for layer, parts in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        joined.update(torch.cat([x.keys for x in parts]), torch.cat([x.values for x in parts]), layer)
+    return joined
 
 
 def _prefill(loaded: LoadedModel, ids: Tensor) -> tuple[DynamicCache, list[Tensor], list[Tensor]]:

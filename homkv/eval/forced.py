@@ -2,17 +2,17 @@
 
 This is the disaggregated case. As an option the prefix itself attends to the stored form (``prefill="quantized"``).
 Many tokens are computed in one pass where that changes nothing: up to the next page that is sealed, all of them see the
-same pages and the same exact tokens. New tokens of one pass see each other before they are rounded to 16 bits.
+same pages and the same exact tokens. New tokens of one pass see each other before they are rounded to 16 bits. Texts of
+one length are computed side by side: a pass over several takes hardly longer, above all where it is a single token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from homkv.attention.api import computes_quantized_prefill
 from homkv.cache import PagedCache
-from homkv.errors import FormatError
 from homkv.eval.encoding import encoded_on_host
 from homkv.eval.exact import ExactRun
 from homkv.eval.metrics import TokenScores, head_error, joined, token_scores
@@ -47,32 +47,39 @@ def passes(codec: PageCodec, start: int, stop: int) -> Iterator[tuple[int, int]]
         start = end
 
 
-def open_cache(loaded: LoadedModel, codec: PageCodec, tokens: int, impl: str | None, forks: int = 0) -> KVCache:
-    """An empty cache for one sequence of ``tokens`` tokens, and room to fork it ``forks`` times."""
+def open_cache(
+    loaded: LoadedModel, codec: PageCodec, batch: int, tokens: int, impl: str | None, forks: int = 0
+) -> KVCache:
+    """An empty cache for ``batch`` sequences of ``tokens`` tokens, and room to fork each ``forks`` times."""
+    num_sequences = batch * (1 + forks)
     paged = PagedCache(
         encoded_on_host(codec, impl, loaded.model.device),
         num_layers=loaded.num_layers,
         num_kv_heads=loaded.num_kv_heads,
-        num_blocks=(1 + forks) * (codec.num_pages(tokens) + 1),
-        max_sequences=1 + forks,
+        num_blocks=num_sequences * (codec.num_pages(tokens) + 1),
+        max_sequences=num_sequences,
         impl=impl,
         device=loaded.model.device,
     )
-    return KVCache.adopt(paged, [paged.new_sequence(tokens)])
+    return KVCache.adopt(paged, [paged.new_sequence(tokens) for _ in range(batch)])
 
 
-def store_prefix(loaded: LoadedModel, exact: ExactRun, codec: PageCodec, *, impl: str | None = None) -> KVCache:
-    """Put the exact prefix into a paged cache with room for the rest of the text.
+def store_prefix(
+    loaded: LoadedModel, runs: Sequence[ExactRun], codec: PageCodec, *, impl: str | None = None
+) -> KVCache:
+    """Put the exact prefixes of texts of one length into a paged cache with room for the rest of each.
 
     What a format of the wire alone delivers is restored on arrival: the cache then holds 16 bits.
     """
     held = make_codec("fp16", loaded.head_dim) if codec.restored_on_arrival else codec
-    cache = open_cache(loaded, held, len(exact.ids), impl, forks=1)
-    for layer, (k, v) in enumerate(zip(exact.keys, exact.values, strict=True)):
-        if codec.restored_on_arrival:
-            k, v = _arrive(codec.at_layer(layer, loaded.num_layers), k, v)
-        cache.paged.append(layer, cache.seq_ids[0], k, v)
-        cache.layers[layer].num_seen = exact.prefix
+    cache = open_cache(loaded, held, len(runs), len(runs[0].ids), impl, forks=1)
+    for seq_id, exact in zip(cache.seq_ids, runs, strict=True):
+        for layer, (k, v) in enumerate(zip(exact.keys, exact.values, strict=True)):
+            if codec.restored_on_arrival:
+                k, v = _arrive(codec.at_layer(layer, loaded.num_layers), k, v)
+            cache.paged.append(layer, seq_id, k, v)
+    for layer in cache.layers:
+        layer.num_seen = runs[0].prefix
     return cache
 
 
@@ -85,46 +92,50 @@ def _arrive(codec: PageCodec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def prefill_quantized(loaded: LoadedModel, ids: Tensor, codec: PageCodec, tokens: int, impl: str | None) -> KVCache:
-    """Let the prefix ``ids [T]`` attend to the stored form of itself, as decoding it would."""
-    cache = open_cache(loaded, codec, tokens, impl)
+    """Let prefixes ``ids [B, T]`` attend to the stored form of themselves, as decoding them would."""
+    cache = open_cache(loaded, codec, len(ids), tokens, impl)
+    length = ids.shape[1]
     whole = computes_quantized_prefill(codec)  # the format does it by its own algorithm
     with Attachment(loaded.model, codec, {}):
-        for start, stop in [(0, len(ids))] if whole else passes(codec, 0, len(ids)):
-            forward_with_cache(loaded.model, ids[None, start:stop], cache, logits_to_keep=1)
+        for start, stop in [(0, length)] if whole else passes(codec, 0, length):
+            forward_with_cache(loaded.model, ids[:, start:stop], cache, logits_to_keep=1)
     return cache
 
 
 @torch.no_grad()
 def feed(loaded: LoadedModel, ids: Tensor, start: int, cache: KVCache) -> Iterator[Tensor]:
-    """Feed ``ids[start:]`` to a cache that holds what is before; yields logits ``[t, V]`` of consecutive passes."""
+    """Feed ``ids[:, start:]`` to a cache that holds what is before; yields logits ``[B, t, V]`` of passes in order."""
     with Attachment(loaded.model, cache.codec, {}):
-        for begin, end in passes(cache.codec, start, len(ids)):
-            yield forward_with_cache(loaded.model, ids[None, begin:end], cache).logits[0].float()
+        for begin, end in passes(cache.codec, start, ids.shape[1]):
+            yield forward_with_cache(loaded.model, ids[:, begin:end], cache).logits.float()
+
+
+Scored = tuple[TokenScores, list[list[float]]]  # of every prediction; errors of attention [L][H], if recorded
 
 
 def score(
-    loaded: LoadedModel, exact: ExactRun, name: str, *, impl: str | None = None, prefill: str = "exact"
-) -> tuple[TokenScores, list[list[float]]]:
-    """Scores of every prediction whose next token the text has, and errors of attention ``[L][H]`` if recorded.
+    loaded: LoadedModel, runs: Sequence[ExactRun], name: str, *, impl: str | None = None, prefill: str = "exact"
+) -> list[Scored]:
+    """Scores of every prediction whose next token the text has, for texts of one length, computed side by side.
 
-    Raises FormatError for an unknown format or prefill.
+    ``prefill``: one of PREFILLS. Raises FormatError for an unknown format.
     """
-    if prefill not in PREFILLS:
-        raise FormatError(f"expected a prefill out of {', '.join(PREFILLS)}, found {prefill!r}")
-    codec = bind(loaded, name)
-    errors: list[list[float]] = []
+    codec, prefix = bind(loaded, name), runs[0].prefix
+    ids = torch.stack([exact.ids for exact in runs])
+    errors: list[list[list[float]]] = [[] for _ in runs]
     if prefill == "exact":
-        cache = store_prefix(loaded, exact, codec, impl=impl)
-        errors = attention_errors(loaded, exact, cache)
+        cache = store_prefix(loaded, runs, codec, impl=impl)
+        errors = attention_errors(runs, cache)
     else:
-        cache = prefill_quantized(loaded, exact.ids[: exact.prefix], codec, len(exact.ids), impl)
-    parts, at = [], 0
-    for logits in feed(loaded, exact.ids[:-1], exact.prefix, cache):
-        stop = at + len(logits)
-        targets = exact.ids[exact.prefix + 1 + at : exact.prefix + 1 + stop]
-        parts.append(token_scores(exact.logits[at:stop], logits, targets))
+        cache = prefill_quantized(loaded, ids[:, :prefix], codec, ids.shape[1], impl)
+    parts: list[list[TokenScores]] = [[] for _ in runs]
+    at = 0
+    for logits in feed(loaded, ids[:, :-1], prefix, cache):
+        stop = at + logits.shape[1]
+        for exact, rows, found in zip(runs, logits, parts, strict=True):
+            found.append(token_scores(exact.logits[at:stop], rows, exact.ids[prefix + 1 + at : prefix + 1 + stop]))
         at = stop
-    return joined(parts), errors
+    return list(zip(map(joined, parts), errors, strict=True))
 
 
 @torch.no_grad()
@@ -138,31 +149,33 @@ def write(loaded: LoadedModel, exact: ExactRun, name: str, num_equal: int, *, im
     tokens: list[int] = exact.ids[start : start + num_equal].tolist()
     if len(tokens) == wanted:
         return tokens
-    cache = store_prefix(loaded, exact, bind(loaded, name), impl=impl)
-    *_, logits = feed(loaded, exact.ids[: start + num_equal], exact.prefix, cache)
+    cache = store_prefix(loaded, [exact], bind(loaded, name), impl=impl)
+    *_, logits = feed(loaded, exact.ids[None, : start + num_equal], exact.prefix, cache)
     with Attachment(loaded.model, cache.codec, {}):
         while len(tokens) < wanted:
-            tokens.append(int(logits[-1].argmax()))
+            tokens.append(int(logits[0, -1].argmax()))
             step = torch.tensor([[tokens[-1]]], device=loaded.model.device)
-            logits = forward_with_cache(loaded.model, step, cache).logits[0]
+            logits = forward_with_cache(loaded.model, step, cache).logits
     return tokens
 
 
 @torch.no_grad()
-def attention_errors(loaded: LoadedModel, exact: ExactRun, cache: KVCache) -> list[list[float]]:
-    """Relative error of attention per layer and head: exact queries on the stored prefix, ``[L][H]``.
+def attention_errors(runs: Sequence[ExactRun], cache: KVCache) -> list[list[list[float]]]:
+    """Relative error of attention of each text, layer and head: exact queries on the stored prefixes, ``[B][L][H]``.
 
-    Takes the tail's first pass, whose inputs are exact: no error of earlier layers is in it. The cache stays as it is.
+    Takes the tails' first pass, whose inputs are exact: no error of earlier layers is in it. The cache stays as it is.
     """
-    if not exact.tail:
-        return []
-    begin, end = next(passes(cache.codec, exact.prefix, len(exact.ids)))
-    count = end - begin
-    fork = cache.paged.fork(cache.seq_ids[0])
-    found = []
-    for layer, tail in enumerate(exact.tail):
-        q, k, v = (x[None, :, :count] for x in (tail.q, tail.k, tail.v))
-        o = cache.paged.attend(layer, [fork], q, k, v, tail.softmax_scale)[0]
-        found.append(head_error(tail.o[:, :count], o))
-    cache.paged.free(fork)
+    found: list[list[list[float]]] = [[] for _ in runs]
+    if not runs[0].tail:
+        return found
+    begin, end = next(passes(cache.codec, runs[0].prefix, len(runs[0].ids)))
+    forks = [cache.paged.fork(seq_id) for seq_id in cache.seq_ids]
+    for layer in range(len(runs[0].tail)):
+        tails = [exact.tail[layer] for exact in runs]
+        q, k, v = (torch.stack([getattr(t, x)[:, : end - begin] for t in tails]) for x in "qkv")
+        outs = cache.paged.attend(layer, forks, q, k, v, tails[0].softmax_scale)
+        for t, o, errors in zip(tails, outs, found, strict=True):
+            errors.append(head_error(t.o[:, : end - begin], o))
+    for fork in forks:
+        cache.paged.free(fork)
     return found

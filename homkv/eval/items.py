@@ -11,7 +11,14 @@ from homkv.eval.code import Problem, few_shot, problems
 from homkv.eval.recall import copy_prompts
 from homkv.texts import essays, passkey_prompts
 
-TASKS = ("text", "passkey", "copy", "greedy", "code")
+AMOUNTS = {  # by task: the options of which at least one is needed
+    "text": ("texts", "prefix", "scored"),
+    "passkey": ("passkeys",),
+    "copy": ("copies",),
+    "greedy": ("greedy", "greedy_tokens", "prefix"),
+    "code": ("code", "code_tokens"),
+}
+TASKS = tuple(AMOUNTS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class Options:
             raise UnsupportedError(
                 f"expected tasks out of {', '.join(TASKS)}, found {', '.join(sorted(unknown))}; see homkv eval --help"
             )
+        wanted = dict.fromkeys(name for task in self.tasks for name in AMOUNTS[task])
+        if none := [f"{name} {getattr(self, name)}" for name in wanted if getattr(self, name) < 1]:
+            raise ShapeError(f"expected at least 1, found {', '.join(none)}; leave the task out instead")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from homkv.errors import FormatError
+from homkv.eval.names import shown
 from homkv.eval.record import EXACT, MODEL_BF16, Case, Size
-from homkv.eval.report import Report, shown
+from homkv.eval.report import Report
 from homkv.eval.summary import Summary, by_setting
 from homkv.plan import BASE as PER_LAYER
 from homkv.spec import RowsSpec

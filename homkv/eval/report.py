@@ -4,7 +4,6 @@ import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 from msgspec import to_builtins
@@ -13,12 +12,18 @@ from rich import box
 from rich.table import Table
 
 from homkv.bootstrap import Estimate, resolved
+from homkv.eval.names import shown
 from homkv.eval.record import CALIBRATION, EXACT, Case, Record, Run, Size, Speed
-from homkv.eval.sizes import LONG, WIDE
-from homkv.eval.summary import QUARTERS, Setting, Summary, by_setting, summarize, unresolved
-from homkv.formats import make_codec, parse_options
-from homkv.plan import BASE as PER_LAYER
-from homkv.plan import LayerPlan
+from homkv.eval.summary import (
+    QUARTERS,
+    Choices,
+    Setting,
+    Summary,
+    by_setting,
+    other_choices,
+    summarize,
+    unresolved,
+)
 from homkv.spec import ALL_PRESETS
 
 HEADINGS = ("format", "KL [95 %]", "ppl", "top-1", "drift", "pass-key", "copy", "bits", "sent", "32k", "x 16-bit")
@@ -31,13 +36,14 @@ class Report:
     """Everything about one model, best KL first; ``sizes speeds`` by format.
 
     ``summaries``: texts of the setting ``main``, of which there are most, and everything that is no text; ``others``:
-    KL by setting and format; ``failed``: what a format could not hold.
+    KL by setting and format; ``choices``: over all settings; ``failed``: what a format could not hold.
     """
 
     model: str
     main: Setting | None
     summaries: tuple[Summary, ...]
     others: Mapping[Setting, Mapping[str, Summary]]
+    choices: Mapping[str, Choices]
     sizes: Mapping[str, Size]
     speeds: Mapping[str, Speed]
     unresolved: tuple[tuple[str, str], ...]
@@ -53,6 +59,7 @@ class Report:
                 asdict(setting) | {"formats": [asdict(row) for row in rows.values()]}
                 for setting, rows in self.others.items()
             ],
+            "choices": {name: asdict(row) for name, row in self.choices.items()},
             "sizes": {name: to_builtins(size) for name, size in self.sizes.items()},
             "speeds": {name: to_builtins(speed) for name, speed in self.speeds.items()},
             "unresolved": [list(pair) for pair in self.unresolved],
@@ -70,7 +77,7 @@ def make_report(records: Sequence[Record]) -> Report:
     records = by_preset(records)
     cases = [r for r in records if isinstance(r, Case)]
     model = cases[-1].model if cases else ""
-    cases = list({c.key: c for c in cases if c.model == model}.values())
+    cases = list({_subject(c): c for c in {c.key: c for c in cases if c.model == model}.values()}.values())
     settings = by_setting(cases)
     main = next(iter(settings), None)
     texts = settings.get(main, []) if main else []
@@ -82,6 +89,7 @@ def make_report(records: Sequence[Record]) -> Report:
         main=main,
         summaries=tuple(summaries),
         others={s: {x.format: x for x in summarize(settings[s])} for s in sorted(settings) if s != main},
+        choices=other_choices(cases),
         sizes={r.format: r for r in sizes},
         speeds={r.format: r for r in records if isinstance(r, Speed) and r.model == model},
         unresolved=tuple(unresolved(texts)),
@@ -89,20 +97,16 @@ def make_report(records: Sequence[Record]) -> Report:
     )
 
 
+def _subject(case: Case) -> tuple[object, ...]:
+    """What a case is about. Of two, by another implementation, prompt or name, the last one counts."""
+    if case.error:
+        return (case.key,)
+    length = (case.prefix, len(case.kl)) if case.task != "code" else ()
+    return case.format, case.task, case.item, case.prefill, *length
+
+
 def _is_main(size: Size, main: Setting | None) -> bool:
     return main is not None and size.context == main.prefix
-
-
-@cache
-def shown(name: str) -> str:
-    """A format as tables name it: a plan by bits at 32k, window and the end of its title."""
-    base, options = parse_options(name)
-    if base == "basis":
-        return base  # its tables are this model's
-    if base != PER_LAYER:
-        return name
-    codec = make_codec(name, WIDE)
-    return f"plan {codec.bits_per_element(LONG):.2f} w{codec.min_window} {LayerPlan.from_options(options).title[-6:]}"
 
 
 def interval(found: Estimate | None, digits: int = 4) -> str:
@@ -133,7 +137,7 @@ def cells(report: Report, row: Summary) -> tuple[str, ...]:
 
 
 WRITTEN = (
-    *("format", "tokens before it leaves the exact model", "texts", "more than all in bfloat16"),
+    *("format", "tokens before it leaves the exact model", "never leaves it", "more than all in bfloat16"),
     *("edit similarity of code", "passes"),
 )
 INTERVALS = ("format", "perplexity / exact", "top-1", "KL, last less first quarter", "pass-keys", "copies")
@@ -143,11 +147,11 @@ def written_rows(report: Report) -> list[tuple[str, ...]]:
     """What formats wrote by themselves, under WRITTEN: greedy continuations and code."""
     return [
         (
-            *(shown(s.format), interval(s.diverges, 1), str(s.num_greedy), interval(s.longer_than_bf16, 1)),
+            *(shown(s.format), interval(s.diverges, 1), str(s.stayed), interval(s.longer_than_bf16, 1)),
             *(interval(s.similarity, 3), str(s.passed)),
         )
         for s in report.summaries
-        if s.diverges is not None or s.similarity is not None
+        if s.diverges is not None or s.similarity is not None or s.passed.total
     ]
 
 
@@ -159,6 +163,23 @@ def interval_rows(report: Report) -> list[tuple[str, ...]]:
             *(interval(s.passkey.share, 2), interval(s.copy.share, 2)),
         )
         for s in report.summaries
+    ]
+
+
+CHOICES = ("format", "tokens", "per 1,000", "all in bfloat16, on the same", "more than bfloat16")
+
+
+def choice_rows(report: Report) -> list[tuple[str, ...]]:
+    """How often formats prefer another token than the exact model, under CHOICES: the fewest first."""
+
+    def thousands(found: Estimate) -> str:
+        low, high = (None if x is None else 1000 * x for x in (found.low, found.high))
+        return interval(Estimate(1000 * found.mean, low, high), 1)
+
+    rows = sorted(report.choices.items(), key=lambda pair: pair[1].more.mean)
+    return [
+        (shown(name), f"{c.tokens:,}", f"{1000 * c.share:.1f}", f"{1000 * c.bf16:.1f}", thousands(c.more))
+        for name, c in rows
     ]
 
 
@@ -201,6 +222,7 @@ def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, .
     found = [
         ("95 % intervals of the rest", INTERVALS, interval_rows(report)),
         ("Written greedily", WRITTEN, written_rows(report)),
+        ("Another most likely token than the exact model's, texts of all lengths", CHOICES, choice_rows(report)),
         ("Pass-keys by tokens of the prompt", ("format", *(f"{n:,}" for n in lengths)), length_rows(report, lengths)),
         ("KL at other lengths (prefix + scored tokens) and prefills", ("format", *settings), other_rows(report)),
         ("Drift: KL by quarters of the longest scored tail", quarters, drift_rows(report)),
@@ -218,6 +240,8 @@ def notes(report: Report) -> list[str]:
         for s in report.summaries
         if s.longer_than_bf16 is not None and not resolved(s.longer_than_bf16) and s.format != EXACT
     ]
+    if blank := max((s.num_blank for s in report.summaries), default=0):
+        found.append(f"the exact model completes {blank} problems with nothing: edit similarity leaves them out")
     if fewer:
         found.append(f"on fewer than {most} texts, so not on the same tokens as the rest: {', '.join(fewer)}")
     found += [f"x 16-bit at {place}" for place in dict.fromkeys(map(_place, report.speeds.values()))]

@@ -58,9 +58,10 @@ class Summary:
     ``kl``: nats per token over texts; ``perplexity_ratio``: to the exact model's on the same texts; ``drift``: KL in
     the quarters of the scored tokens, first to last; ``drift_change``: last less first; ``passkey_by_length``: by
     tokens of the prompt; ``head_error``: mean relative error of attention ``[L][H]``; ``diverges``: greedy tokens
-    before the first that differs from the exact model's, over ``num_greedy`` texts; ``longer_than_bf16``: by how many
-    more of them than the whole model in bfloat16 on the same texts; ``similarity``: edit similarity of completed code;
-    ``passed``: tests passed, of those that were run.
+    before the first that differs from the exact model's, ``stayed``: texts without one; ``longer_than_bf16``: by how
+    many more of them than the whole model in bfloat16 on the same texts; ``similarity``: edit similarity of completed
+    code, but for the ``num_blank`` problems for which the exact model writes none; ``passed``: tests passed, of those
+    that were run.
     """
 
     format: str
@@ -76,9 +77,10 @@ class Summary:
     passkey_by_length: Mapping[int, Found]
     copy: Found
     diverges: Estimate | None
-    num_greedy: int
+    stayed: Found
     longer_than_bf16: Estimate | None
     similarity: Estimate | None
+    num_blank: int
     passed: Found
     head_error: list[list[float]]
 
@@ -108,6 +110,8 @@ def _summary(name: str, cases: Sequence[Case], exact: Sequence[Case], bf16: Sequ
     keys = [c for c in cases if c.task == "passkey"]
     greedy = [c for c in cases if c.task == "greedy"]
     code = [c for c in cases if c.similarity is not None]
+    blank = {c.item for c in exact if c.task == "code" and not (c.text or "").strip()}
+    written = [c.similarity or 0.0 for c in code if c.item not in blank]
     weights = [float(len(c.kl)) for c in texts]
     ran = [c for c in code if c.passed is not None]
     return Summary(
@@ -124,9 +128,10 @@ def _summary(name: str, cases: Sequence[Case], exact: Sequence[Case], bf16: Sequ
         passkey_by_length={n + 1: _found([c for c in keys if c.prefix == n]) for n in sorted({c.prefix for c in keys})},
         copy=_found([c for c in cases if c.task == "copy"]),
         diverges=estimate([*_equal_tokens(greedy).values()]) if greedy else None,
-        num_greedy=len(greedy),
+        stayed=_found(greedy),
         longer_than_bf16=_paired(_equal_tokens(greedy), _equal_tokens(bf16)) if name != MODEL_BF16 else None,
-        similarity=estimate([c.similarity or 0.0 for c in code]) if code else None,
+        similarity=estimate(written) if written else None,
+        num_blank=sum(c.item in blank for c in code),
         passed=Found(sum(bool(c.passed) for c in ran), len(ran), mean([bool(c.passed) for c in ran]) if ran else 0.0),
         head_error=_head_error(texts),
     )
@@ -193,3 +198,33 @@ def unresolved(cases: Sequence[Case]) -> list[tuple[str, str]]:
         if not shared or not resolved(difference([by_format[a][i] for i in shared], [by_format[b][i] for i in shared])):
             pairs.append((a, b))
     return pairs
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How often another token than the exact model's is the most likely one, on ``tokens`` teacher-forced tokens of all
+    lengths: by the format, by the whole model in bfloat16 on the same, and the paired difference. Shares."""
+
+    tokens: int
+    share: float
+    bf16: float
+    more: Estimate
+
+
+def other_choices(cases: Sequence[Case]) -> dict[str, Choices]:
+    """By format, where bfloat16 was measured on the same texts. A model that chooses so writes another text then."""
+    by_format: dict[str, dict[tuple[int, int, str], Case]] = {}
+    for c in cases:
+        if c.task == "text" and c.prefill == "exact" and not c.error:
+            by_format.setdefault(c.format, {})[c.prefix, len(c.kl), c.item] = c
+    bf16, found = by_format.pop(MODEL_BF16, {}), dict[str, Choices]()
+    for name, texts in by_format.items():
+        shared = sorted(texts.keys() & bf16.keys())
+        if not shared or name == EXACT:
+            continue
+        weights = [float(len(texts[at].top1)) for at in shared]
+        own, its = ([1 - mean(ones(of[at].top1)) for at in shared] for of in (texts, bf16))
+        found[name] = Choices(
+            round(sum(weights)), estimate(own, weights).mean, estimate(its, weights).mean, difference(own, its, weights)
+        )
+    return found

@@ -1,7 +1,13 @@
-"""The model that the tests of evaluation measure."""
+"""The model that the tests of evaluation measure, and texts for it."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from homkv.eval.items import Item
+from homkv.models import LoadedModel, describe_model
 
 
 def sharp_llama() -> LlamaForCausalLM:
@@ -19,3 +25,20 @@ def sharp_llama() -> LlamaForCausalLM:
         initializer_range=0.12,
     )
     return LlamaForCausalLM(config)
+
+
+def tiny() -> LoadedModel:
+    """That model with a tokenizer of 200 words."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    return describe_model(sharp_llama(), PreTrainedTokenizerFast(tokenizer_object=words), "tiny")
+
+
+def ids(count: int, seed: int = 1) -> torch.Tensor:
+    """Random tokens ``[count]``."""
+    return torch.randint(0, 200, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def text(name: str, count: int, prefix: int, seed: int) -> Item:
+    """A text of random tokens."""
+    return Item("text", name, tuple(ids(count, seed).tolist()), prefix)
