@@ -52,6 +52,7 @@ def configure(role: str, *, as_json: bool, level: int = logging.INFO) -> None:
         )
     )
     root = logging.getLogger()
-    root.handlers, root.level = [handler], level
+    root.handlers = [handler]
+    root.setLevel(level)
     for chatty in ("httpx", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -66,6 +66,12 @@ def test_a_request_that_cannot_be_answered_is_the_clients(
         raise ValueError(error["message"])
 
 
+@pytest.fixture(autouse=True)
+def errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A command that ran in this process before may have silenced its logs: ``homkv chaos`` does."""
+    caplog.set_level(logging.ERROR)
+
+
 def logged(caplog: pytest.LogCaptureFixture, request_id: str) -> logging.LogRecord:
     (record,) = [r for r in caplog.records if r.name.startswith("homkv.serve.gateway") and r.levelno == logging.ERROR]
     assert record.__dict__["request_id"] == request_id
