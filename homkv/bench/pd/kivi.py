@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from homkv.bench.pd.forms import EXACT_DTYPE, KIVI, KiviForm, code_on_cpu
-from homkv.bench.pd.slots import Slots, StepRows
+from homkv.bench.pd.slots import CountedSlots, StepRows
 from homkv.bench.peers.kivi_codes import KiviCache, KiviWindow, dequantize
 from homkv.seal import check_status
 
 RING = KIVI.residual + KIVI.group_size
 
 
-class KiviSlots(Slots):
+class KiviSlots(CountedSlots):
     """Codes ``[slots, G, room, .]`` and a ring of exact tokens ``[slots, G, RING, D]`` per layer."""
 
     form: KiviForm
@@ -24,18 +24,7 @@ class KiviSlots(Slots):
         self.caches = [KiviCache(*layer) for layer in zip(*parts, strict=True)]
         ring = (count, heads, RING, dim)
         self.ring_k, self.ring_v = self._empty(ring, EXACT_DTYPE), self._empty(ring, EXACT_DTYPE)
-        self.lengths = torch.zeros(count, dtype=torch.int32, device=device)
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
-
-    def begin(self, slot: int, num_tokens: int) -> None:
-        """See Slots."""
-        super().begin(slot, num_tokens)
-        self.lengths[slot] = num_tokens
-
-    def end(self, slot: int) -> None:
-        """See Slots."""
-        super().end(slot)
-        self.lengths[slot] = 0
 
     def load(self, slot: int, layer: int, num_tokens: int, payload: Tensor) -> None:
         """See Slots."""

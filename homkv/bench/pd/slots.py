@@ -118,15 +118,11 @@ class Slots(ABC):
             ) from error
 
 
-class DenseSlots(Slots):
-    """Keys and values side by side, in 16 bits or e4m3: ``[slots, G, longest, D]`` per layer."""
+class CountedSlots(Slots):
+    """Slots whose steps need one number of a sequence, its length: ``lengths [slots] int32``, 0 without a sequence."""
 
-    form: DenseForm
-
-    def __init__(self, form: DenseForm, count: int, longest: int, budget_bytes: int, device: torch.device) -> None:
+    def __init__(self, form: Form, count: int, longest: int, budget_bytes: int, device: torch.device) -> None:
         super().__init__(form, count, longest, budget_bytes, device)
-        shape = (count, form.shape.num_kv_heads, longest, form.shape.head_dim)
-        self.k, self.v = self._empty(shape, form.dtype), self._empty(shape, form.dtype)
         self.lengths = torch.zeros(count, dtype=torch.int32, device=device)
 
     def begin(self, slot: int, num_tokens: int) -> None:
@@ -138,6 +134,17 @@ class DenseSlots(Slots):
         """See Slots."""
         super().end(slot)
         self.lengths[slot] = 0
+
+
+class DenseSlots(CountedSlots):
+    """Keys and values side by side, in 16 bits or e4m3: ``[slots, G, longest, D]`` per layer."""
+
+    form: DenseForm
+
+    def __init__(self, form: DenseForm, count: int, longest: int, budget_bytes: int, device: torch.device) -> None:
+        super().__init__(form, count, longest, budget_bytes, device)
+        shape = (count, form.shape.num_kv_heads, longest, form.shape.head_dim)
+        self.k, self.v = self._empty(shape, form.dtype), self._empty(shape, form.dtype)
 
     def load(self, slot: int, layer: int, num_tokens: int, payload: Tensor) -> None:
         """See Slots."""
