@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from homkv.cli.bench_report import TARGET_LOAD
 from homkv.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def show_estimates(legs: "Sequence[PdOptions]", gpu: str, console: Console) -> N
 
 
 def target_load(leg: "PdOptions") -> str:
-    """Whose P99 others are held to: 80 %, or the first load where that is not measured."""
-    return "0.8" if 0.8 in leg.loads else f"{leg.loads[0]:g}"
+    """Whose P99 others are held to: the reports' load, or the first one where that is not measured."""
+    return TARGET_LOAD if float(TARGET_LOAD) in leg.loads else f"{leg.loads[0]:g}"
 
 
 def print_bench(bench: "PdBench", console: Console) -> None:
