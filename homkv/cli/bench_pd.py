@@ -45,7 +45,7 @@ def pd(
     seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
     record: Annotated[Path, typer.Option("--json", help="Record to write, JSON Lines.")] = Path("runs/pd.jsonl"),
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="TOML file of [[leg]]s, run on the same workers.")] = None,
+    plan: Annotated[Path | None, typer.Option(help=r"TOML file of [\[leg]]s, run on the same workers.")] = None,
     estimate: Annotated[str | None, typer.Option(help="Measure nothing: say what each cell takes on this GPU.")] = None,
 ) -> None:
     """Time requests from arrival to last token: prompts on some devices, decoding on others, KV moving between them.

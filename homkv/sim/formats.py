@@ -29,7 +29,8 @@ class KvFormat:
     ``unfused``: every step first restores all KV to 16 bits in memory, then attends to that. ``wire_ratio``: wire bytes
     over stored bytes, for entropy coding.
     ``packs``: prefill quantizes. ``requantizes``: the open block is quantized again at every step.
-    ``int8_prefill``: prefill attention runs on 8-bit codes where the GPU multiplies them.
+    ``int8_prefill``: prefill attention runs on 8-bit codes where the GPU multiplies them, and exactly where that is
+    faster, unless the format ``insists_on_int8_prefill``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class KvFormat:
     packs: bool = True
     requantizes: bool = False
     int8_prefill: bool = False
+    insists_on_int8_prefill: bool = False
 
     def stored_bytes(self, tokens: int) -> float:
         """Bytes of one kv head of one layer, everything counted."""
@@ -99,11 +101,11 @@ def _rival(name: str, head_dim: int) -> KvFormat:
 def _hack(name: str, base: str, options: str, head_dim: int) -> KvFormat:
     """Page bytes as docs/hack.md has them: codes, scales and minima, code sums."""
     values = {"pi": 64, "se": 1, "rqe": 1}
-    int8_prefill = base == "hack"  # as published
+    int8_prefill, insists = base == "hack", False  # as published
     for option in filter(None, options.split(",")):
         key, _, text = option.partition("=")
         if base == "hack" and key == "prefill" and text in ("exact", "int8"):
-            int8_prefill = text == "int8"
+            int8_prefill = insists = text == "int8"
             continue
         allowed = {"pi": ("32", "64", "128"), "se": ("0", "1"), "rqe": ("0", "1") if base == "hack" else ("1",)}
         if text not in allowed.get(key, ()):
@@ -128,6 +130,7 @@ def _hack(name: str, base: str, options: str, head_dim: int) -> KvFormat:
         kernel_factor=factor,
         requantizes=not values["rqe"],
         int8_prefill=int8_prefill,
+        insists_on_int8_prefill=insists,
     )
 
 

@@ -13,6 +13,7 @@ PACK_READ = 0.24  # of memory_gbps, bytes read and written: attention-h100.jsonl
 LAUNCH_S = 5e-6  # one kernel launch in a captured graph: a third of a decode call of three (kernels.json)
 ALL_REDUCE_S = 15e-6  # latency of one all-reduce; two per layer
 HACK_PREFILL = 1.17  # faster than FlashAttention-2 where int8 runs at twice the rate (H100, partitions of 64)
+HACK_FLASH = 0.165  # of peak, our kernel for HACK's prompts, 16,384 tokens: attention-h100-two-launches.jsonl
 WIRE_HEADER_BYTES = 64  # per layer: frame head and digest
 
 
@@ -69,13 +70,17 @@ class RooflineCosts:
             model.weight_bytes / (tensor * gpu.memory_gbps * 1e9 * WEIGHT_READ),
         )
         pairs = 2 * model.q_heads * model.head_dim * model.layers * (tokens**2 - cached_tokens**2)
-        return products + pairs / (flops * gpu.flash * self._flash_factor) + self._all_reduces(gpu, tensor, new)
+        return products + pairs / (flops * self._flash) + self._all_reduces(gpu, tensor, new)
 
     @cached_property
-    def _flash_factor(self) -> float:
-        gpu = self.prefill_gpu
-        on_codes = self.kv.int8_prefill and gpu.int8_tops is not None and gpu.source["flash"] != "measured"
-        return HACK_PREFILL if on_codes else 1.0  # on Hopper exact attention (cuDNN) is faster than HACK's
+    def _flash(self) -> float:
+        """Of peak. On Hopper exact attention (cuDNN) is faster than HACK's, which runs only where a format insists."""
+        gpu, kv = self.prefill_gpu, self.kv
+        if gpu.int8_tops is None or not kv.int8_prefill:
+            return gpu.flash
+        if gpu.source["flash"] == "measured":
+            return HACK_FLASH if kv.insists_on_int8_prefill else gpu.flash
+        return gpu.flash * HACK_PREFILL
 
     def _all_reduces(self, gpu: Gpu, tensor: int, tokens: int) -> float:
         if tensor == 1:

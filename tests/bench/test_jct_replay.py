@@ -292,3 +292,16 @@ def test_records_become_a_table_for_a_page(
         assert any(
             line.startswith("|  | bf16 | 1888 | 5.21 |") and "(+1.3 %)" in line for line in said.out.splitlines()
         )
+
+
+def test_rivals_on_one_gpu_are_reported_and_predicted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "pd-one-gpu-rivals.jsonl"
+    monkeypatch.setattr(sys, "argv", ["homkv", "bench", "report", str(record), "--markdown", "--simulate", "h200"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("|  | balanced | 309 |") for line in lines) == 3
+    assert any(line.startswith("|  | kivi | 378 | 5.27 |") and "(-4.3 %)" in line for line in lines)
+    assert any(line.startswith("|  | hack:prefill=int8 | 321 | 4.84 |") and "(+0.5 %)" in line for line in lines)

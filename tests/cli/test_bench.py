@@ -78,3 +78,9 @@ def test_auto_takes_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert bench.choose_device("auto") == chosen
         assert bench.choose_device("cpu") == "cpu"
+
+
+def test_help_says_what_a_plan_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    result = CliRunner().invoke(app, ["bench", "pd", "--help"])
+    assert "TOML file of [[leg]]s" in result.output

@@ -1,10 +1,15 @@
 """Bytes of formats are those of the code that stores them; names that mean nothing are refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from homkv.errors import FormatError, UnsupportedError
 from homkv.formats import make_codec
 from homkv.sim.formats import NAMES, make_format
+from homkv.sim.hardware import find_gpu, find_model
+from homkv.sim.roofline import HACK_FLASH, RooflineCosts
 from homkv.spec import PRESETS
 
 STORED = [
@@ -57,3 +62,22 @@ def test_head_dims_that_pages_do_not_cover_are_refused() -> None:
 def test_hack_computes_prompts_as_published_unless_it_says_exact() -> None:
     found = {name: make_format(name, 128).int8_prefill for name in ("hack", "hack:prefill=int8", "hack:prefill=exact")}
     assert found == {"hack": True, "hack:prefill=int8": True, "hack:prefill=exact": False}
+
+
+def test_only_hack_that_says_int8_computes_prompts_on_codes_where_that_is_slower() -> None:
+    shape = find_model("llama-3.1-8b")
+    exact, hack, on_codes = (
+        {gpu: RooflineCosts(shape, make_format(name, 128), find_gpu(gpu), find_gpu(gpu)) for gpu in ("h200", "a100")}
+        for name in ("hack:prefill=exact", "hack", "hack:prefill=int8")
+    )
+    seconds = [costs["h200"].prefill_s(16_384, 0) for costs in (exact, hack, on_codes)]
+    assert seconds[0] == seconds[1] < 0.7 * seconds[2]
+    seconds = [costs["a100"].prefill_s(16_384, 0) for costs in (exact, hack, on_codes)]
+    assert seconds[0] > seconds[1] == seconds[2]
+
+
+def test_hacks_prefill_rate_is_the_stored_measurement() -> None:
+    record = Path(__file__).parents[2] / "benchmarks" / "results" / "attention-h100-two-launches.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    (found,) = [r for r in rows if (r["kind"], r.get("candidate"), r.get("size")) == ("prefill", "hack", "16,384")]
+    assert found["rate"] / find_gpu("h100").tflops == pytest.approx(HACK_FLASH, rel=0.01)
