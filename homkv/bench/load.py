@@ -135,7 +135,8 @@ class Load:
     async def _run(self, todo: Iterator[Ask]) -> LoadResult:
         o = self._options
         headers = {} if o.api_key is None else {"authorization": f"Bearer {o.api_key}"}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # Servers close idle connections, vLLM's after 5 s: a request sent at that moment would count as an error.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=1)
         async with httpx.AsyncClient(base_url=o.url, timeout=o.timeout_s, limits=limits, headers=headers) as client:
             try:
                 self._model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]

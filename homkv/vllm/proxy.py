@@ -8,7 +8,9 @@ One request is one prompt and one answer: the first step's parameters are of one
 would answer others as well, and whose blocks are given back when it was fetched once. Anything else is refused.
 
 Servers take turns. Nothing is retried: a failed step is an error to the client, and vLLM frees the prefill server's
-blocks when its lease ends (30 s) if no decode server fetched them. ``vllm-router`` does the same with more policies.
+blocks when its lease ends (30 s) if no decode server fetched them. Each request has its own connection: vLLM closes
+one that was idle for five seconds, perhaps at the moment in which the next request is sent on it.
+``vllm-router`` does the same with more policies.
 """
 
 import argparse
@@ -53,7 +55,7 @@ def is_one_answer(body: dict[str, Any]) -> bool:
 
 
 class Proxy:
-    """Sends each request to the prefill and decode servers whose turn it is. ``client`` has no timeout for reads."""
+    """Sends each request to the prefill and decode servers whose turn it is, by :func:`make_client`'s client."""
 
     def __init__(self, prefill: list[str], decode: list[str], client: httpx.AsyncClient) -> None:
         self._client, self._prefill, self._decode = client, prefill, decode
@@ -103,6 +105,12 @@ class Proxy:
             return False
 
 
+def make_client() -> httpx.AsyncClient:
+    """Waits for answers as long as they take, and keeps no connection."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
+
+
 def make_app(prefill: list[str], decode: list[str], client: httpx.AsyncClient) -> FastAPI:
     """The proxy as an ASGI application."""
     app, proxy = FastAPI(title="homkv prefill/decode proxy"), Proxy(prefill, decode, client)
@@ -143,8 +151,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10))
-    uvicorn.run(make_app(args.prefill, args.decode, client), host=args.host, port=args.port, log_level="warning")
+    uvicorn.run(make_app(args.prefill, args.decode, make_client()), host=args.host, port=args.port, log_level="warning")
 
 
 if __name__ == "__main__":

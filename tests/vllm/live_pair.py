@@ -52,7 +52,7 @@ OPTIONS = ServeOptions(
 )
 PREFILL, DECODE, ROUTER = commands(OPTIONS, len(os.sched_getaffinity(0)))
 Record = Callable[[str, object], None]
-client = httpx.Client(timeout=1800)
+client = httpx.Client(timeout=1800, limits=httpx.Limits(max_keepalive_connections=0))  # see homkv.vllm.proxy
 
 
 def calm(*pids: int) -> None:
@@ -197,6 +197,7 @@ def stream_until(prompt: list[int], kill: Fleet) -> list[dict[str, object] | str
     events: list[dict[str, object] | str] = []
     request = body(prompt, 400, stream=True)
     with client.stream("POST", f"{ROUTER.url}/v1/completions", json=request) as found:
+        assert found.is_success, found.read().decode()
         for line in found.iter_lines():
             if line.startswith("data: "):
                 text = line.removeprefix("data: ")

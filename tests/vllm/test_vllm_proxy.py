@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from homkv.vllm.proxy import make_app
+from homkv.vllm.proxy import make_app, make_client
 
 PARAMS = {"do_remote_prefill": True, "remote_block_ids": [[1], [2, 3, 4]]}
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -135,3 +135,35 @@ def test_health_names_who_does_not_answer() -> None:
     (answer,) = ask(Servers(full), {}, path="/health")
     assert answer.status_code == 503
     assert "http://d2" in answer.json()["error"]["message"]
+
+
+class ClosesWhenAskedAgain:
+    """A server that lets a client keep its connection, and closes it as the next request arrives on it."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))
+        self.requests += 1
+        answer = json.dumps({"kv_transfer_params": PARAMS}).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer))
+        await reader.read(1)
+        writer.transport.abort()
+
+
+def test_no_request_is_sent_on_a_connection_that_a_server_may_close() -> None:
+    """vLLM closes idle ones after five seconds; a request on its way at that moment got 502."""
+
+    async def run() -> tuple[list[int], int]:
+        closes = ClosesWhenAskedAgain()
+        server = await asyncio.start_server(closes, "127.0.0.1")
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, make_client() as upstream:
+            app = make_app([url], [url], upstream)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+                found = [await client.post("/v1/completions", json={"prompt": "x"}) for _ in range(3)]
+        return [answer.status_code for answer in found], closes.requests
+
+    assert asyncio.run(run()) == ([200] * 3, 6)
