@@ -56,10 +56,9 @@ def problems() -> list[Problem]:
 
 
 def few_shot(all_problems: list[Problem], index: int, num_solved: int) -> str:
-    """The prompt of problem ``index`` behind ``num_solved`` other problems with their solutions.
+    """The prompt of problem ``index`` behind ``num_solved`` other problems with their solutions, up to its last sign.
 
-    It ends before the line break that a completion begins with: tokenizers that join a line break with the indentation
-    behind it never see one alone before a body, and their models then begin another function.
+    A line break and the body follow; see homkv.eval.items.prompt_ids.
     """
     others = [all_problems[(index + 1 + i) % len(all_problems)] for i in range(num_solved)]
     solved = [p.prompt + p.canonical_solution.rstrip() for p in others]

@@ -125,10 +125,21 @@ def code_items(tokenizer: PreTrainedTokenizerBase, options: Options) -> list[Ite
         raise ShapeError(f"expected 1 to {len(everything)} problems, found {options.code}")
     items = []
     for index in range(0, len(everything), len(everything) // options.code)[: options.code]:
-        ids = encode(tokenizer, few_shot(everything, index, options.solved))
+        ids = prompt_ids(tokenizer, few_shot(everything, index, options.solved))
         problem = everything[index]
         items.append(Item("code", problem.task_id, tuple(ids), len(ids) - 1, options.code_tokens, problem))
     return items
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of code that a line break and an indented body are to follow.
+
+    Some tokenizers join the line break with what stands before it, others with the indentation behind it, and a model
+    that sees the prompt cut elsewhere begins another function. So these are the tokens that two bodies have in common.
+    """
+    spaces, tab = (encode(tokenizer, f"{text}\n{indent}return") for indent in ("    ", "\t"))
+    differ = (i for i, (a, b) in enumerate(zip(spaces, tab, strict=False)) if a != b)
+    return spaces[: next(differ, len(encode(tokenizer, text)))]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
