@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from homkv.models import LoadedModel, load_model
 from homkv.quant import SMALLEST_SCALE, decode_scales, encode_scales, hadamard
-from homkv.texts import essays
+from homkv.texts import essays, token_ids
 
 PAGE, SINKS = 64, 4
 STEP = {
@@ -272,7 +272,7 @@ def run(loaded: LoadedModel, texts: Texts, variant: Variant | None) -> list[Tens
 
 def prepare(loaded: LoadedModel, count: int, prefix: int, scored: int) -> Texts:
     """Spread ``count`` texts and one to calibrate on over the essays, read their prefixes and predict behind them."""
-    all_ids = torch.tensor(loaded.tokenizer.encode(essays(), add_special_tokens=False))
+    all_ids = torch.tensor(token_ids(loaded.tokenizer, essays()))
     stride = (len(all_ids) - prefix - scored) // count
     ids = torch.stack([all_ids[i * stride : i * stride + prefix + scored] for i in range(count + 1)])
     ids, rows = ids.to(loaded.model.device), []

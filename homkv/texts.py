@@ -64,6 +64,12 @@ def essay(name: str) -> str:
     return _by_name()[name]
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, nothing added; it may exceed the context."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids
+
+
 def demo_document(tokenizer: PreTrainedTokenizerBase, num_tokens: int = 3000) -> tuple[str, str]:
     """Return a document and a question about it.
 
@@ -71,7 +77,7 @@ def demo_document(tokenizer: PreTrainedTokenizerBase, num_tokens: int = 3000) ->
     it has give the whole essay. Raises as ``essays`` does.
     """
     text = essay(DEMO_ESSAY).strip()
-    ids = _ids(tokenizer, text)
+    ids = token_ids(tokenizer, text)
     if len(ids) > num_tokens:
         text = str(tokenizer.decode(ids[:num_tokens]))
         text = text[: text.rfind(".") + 1] or text
@@ -109,13 +115,13 @@ def passkey_prompts(
         UnsupportedError: ``num_tokens`` leaves no room for the filler or exceeds the essays; and as ``essays`` does.
     """
     rng = random.Random(seed)
-    filler_ids = _ids(tokenizer, essays())
-    before = _ids(tokenizer, "Below is a text. A pass key is hidden in it; remember it.\n\n")
-    question = _ids(tokenizer, "\n\nWhat is the pass key? The pass key is")
+    filler_ids = token_ids(tokenizer, essays())
+    before = token_ids(tokenizer, "Below is a text. A pass key is hidden in it; remember it.\n\n")
+    question = token_ids(tokenizer, "\n\nWhat is the pass key? The pass key is")
     prompts = []
     for i in range(num_prompts):
         key = "".join(rng.choice("0123456789") for _ in range(5))
-        needle = _ids(tokenizer, f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
+        needle = token_ids(tokenizer, f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
         room = num_tokens - len(before) - len(needle)
         if not 0 < room < len(filler_ids):
             raise UnsupportedError(
@@ -127,10 +133,7 @@ def passkey_prompts(
         depth = (i + 0.5) / num_prompts
         at = int(room * depth)
         context = before + filler[:at] + needle + filler[at:]
-        prompts.append(PasskeyPrompt(key, depth, tuple(context), tuple(question), tuple(_ids(tokenizer, " " + key))))
+        prompts.append(
+            PasskeyPrompt(key, depth, tuple(context), tuple(question), tuple(token_ids(tokenizer, " " + key)))
+        )
     return prompts
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # texts may exceed the context
-    return ids

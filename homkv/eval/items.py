@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from homkv.errors import FormatError, ShapeError, UnsupportedError
-from homkv.eval.code import Problem, few_shot, problems
+from homkv.eval.code import Problem, few_shot, problems, prompt_ids
 from homkv.eval.recall import copy_prompts
-from homkv.texts import essays, passkey_prompts
+from homkv.texts import essays, passkey_prompts, token_ids
 
 AMOUNTS = {  # by task: the options of which at least one is needed
     "text": ("texts", "prefix", "scored"),
@@ -84,7 +84,7 @@ def text_items(
     """Consecutive pieces of a text, by default the essays. Raises ShapeError if it is too short."""
     length, text = prefix + scored + 1, essays() if text is None else text  # the last token is only predicted
     wanted = count * length
-    ids = encode(tokenizer, text[: max(8 * wanted, 1)])
+    ids = token_ids(tokenizer, text[: max(8 * wanted, 1)])
     if len(ids) < wanted or min(count, prefix, scored) < 1:
         raise ShapeError(
             f"expected at least one text, prefix and scored token and at most {len(ids)} tokens in all, found {count} "
@@ -129,20 +129,3 @@ def code_items(tokenizer: PreTrainedTokenizerBase, options: Options) -> list[Ite
         problem = everything[index]
         items.append(Item("code", problem.task_id, tuple(ids), len(ids) - 1, options.code_tokens, problem))
     return items
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of code that a line break and an indented body are to follow.
-
-    Some tokenizers join the line break with what stands before it, others with the indentation behind it, and a model
-    that sees the prompt cut elsewhere begins another function. So these are the tokens that two bodies have in common.
-    """
-    spaces, tab = (encode(tokenizer, f"{text}\n{indent}return") for indent in ("    ", "\t"))
-    differ = (i for i, (a, b) in enumerate(zip(spaces, tab, strict=False)) if a != b)
-    return spaces[: next(differ, len(encode(tokenizer, text)))]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, nothing added; it may exceed the context."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    return ids

@@ -5,11 +5,12 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from homkv.errors import UnsupportedError
-from homkv.texts import essays
+from homkv.texts import essays, token_ids
 
 KINDS = ("digits", "identifiers", "json")
 ALPHABET = string.ascii_letters + string.digits
@@ -60,10 +61,7 @@ def copy_prompts(
         raise UnsupportedError(f"expected copy tests out of {', '.join(MAKERS)}, found {', '.join(sorted(unknown))}")
     rng = random.Random(seed)
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return ids
-
+    encode = partial(token_ids, tokenizer)
     filler_ids = encode(essays())
     prompts = []
     for kind in kinds:

@@ -7,8 +7,7 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import WordLevelTrainer
 from transformers import PreTrainedTokenizerFast
 
-from homkv.eval.code import few_shot, problems
-from homkv.eval.items import prompt_ids
+from homkv.eval.code import few_shot, problems, prompt_ids
 
 PIECES = {  # what the pattern matches is a token
     "before": r"\w+|[^\w\s]+\n*|[^\S\n]+|\n+",  # Qwen's: a sign and the line breaks behind it

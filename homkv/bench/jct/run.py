@@ -30,7 +30,7 @@ from homkv.serve.engine import serving_codec
 from homkv.serve.spawn import InstanceOptions, LocalCluster
 from homkv.sim.record import LeftOut, Run, RunInfo, StepSample, read_record, write_record
 from homkv.sim.trace import Request, poisson_arrivals, read_trace, scaled
-from homkv.texts import essays
+from homkv.texts import essays, token_ids
 
 FORMATS = ("fp16", "fp8", "cachegen", "kvquant", "kivi", "hack", "hack-2026", "small", "balanced")
 FAR = 2.0  # times longer: a prompt's time is a line between closer lengths
@@ -115,7 +115,7 @@ class JctBench:
         options = self.options
         options.record.parent.mkdir(parents=True, exist_ok=True)
         options.record.unlink(missing_ok=True)
-        self._ids = load_tokenizer(options.model)(essays(), add_special_tokens=False)["input_ids"]
+        self._ids = token_ids(load_tokenizer(options.model), essays())
         prompts = cut_prompts(self._ids, options.requests)
         total = len(options.links) * len(options.overlaps) * options.repetitions * len(options.formats)
         with self._progress(total) as advance:
