@@ -2,7 +2,8 @@
 
 Weights are random and so is the KV of long contexts: neither changes the time of a step. Every repetition runs every
 format once, in turn, and ratios are taken inside a repetition. A step is timed on the GPU over ``steps`` replays; in 64
-every sequence seals one page. All formats run the same model code, with fused RMS norms.
+every sequence seals one page. All formats run the same model code, with
+RMS norms, RoPE and gated activations as one kernel each.
 """
 
 import gc
@@ -29,7 +30,7 @@ from homkv.bench.static_kv import StaticKV
 from homkv.errors import CapacityError, UnsupportedError
 from homkv.formats import PageCodec, make_codec
 from homkv.generate import Decoder, PagesKV, StepKV
-from homkv.generate.fuse import fused_norms
+from homkv.generate.fuse import fused_steps
 from homkv.generate.loop import attention_of
 from homkv.rope import RopeSpec
 from homkv.seal import LayerContent
@@ -113,7 +114,7 @@ def run(options: GenerateBenchOptions, console: Console) -> list[Row]:
     shape, device = MODELS[options.model], torch.device("cuda")
     model = random_model(shape, device)
     rows: list[Row] = []
-    with attention_of(model), fused_norms(model), torch.no_grad():
+    with attention_of(model), fused_steps(model), torch.no_grad():
         if options.check_tokens:
             rows += keep([check_row(model, shape, name, options) for name in options.formats], options.record)
         for batch, context in cases(options):

@@ -1,11 +1,15 @@
-"""Fewer kernels per layer: RMS norms as one kernel each instead of transformers' eight."""
+"""Fewer kernels per layer: RMS norms, RoPE and gated activations as one kernel each instead of transformers' twenty."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import rms_norm, silu
+
+from homkv.attention.triton import runtime
 
 TOLERANCE = 0.02  # relative, on random input: two roundings to bfloat16; another formula misses by far more
 
@@ -25,6 +29,62 @@ def fused_norms(model: nn.Module) -> Iterator[int]:
     finally:
         for module in changed:
             del module.forward  # the class's own is seen again
+
+
+@contextmanager
+def fused_steps(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """As :func:`fused_norms`, and RoPE and gated activations by kernels of their own where Triton runs.
+
+    Gives the numbers of norms, of rotations and of MLPs that take part, by the same rule. A rotation is a function of
+    the module that defines the model's architecture: inside the block other models of it call the kernel, too.
+    """
+    if not runtime.is_available():
+        with fused_norms(model) as norms:
+            yield norms, 0, 0
+        return
+    from homkv.attention.triton.pointwise import gated, rope
+
+    def gated_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+
+    sources: set[Any] = {sys.modules[type(module).__module__] for module in model.modules()}
+    rotating = {source: source.apply_rotary_pos_emb for source in sources if _is_plain_rope(source, rope, model)}
+    mlps = [module for module in model.modules() if _is_gated_by_silu(module)]
+    with fused_norms(model) as norms:
+        for source in rotating:
+            source.apply_rotary_pos_emb = rope
+        for module in mlps:
+            module.forward = gated_forward(module)
+        try:
+            yield norms, len(rotating), len(mlps)
+        finally:
+            for source, before in rotating.items():
+                source.apply_rotary_pos_emb = before
+            for module in mlps:
+                del module.forward
+
+
+@torch.no_grad()
+def _is_plain_rope(source: Any, rope: Callable[..., tuple[torch.Tensor, ...]], model: nn.Module) -> bool:
+    if not hasattr(source, "apply_rotary_pos_emb"):
+        return False
+    apply, weight = source.apply_rotary_pos_emb, next(model.parameters())
+    q, k = (torch.randn(2, heads, 3, 64, device=weight.device).to(weight.dtype) for heads in (4, 2))
+    cos, sin = torch.randn(2, 2, 3, 64, device=weight.device).to(weight.dtype)
+    return all(map(_is_close, rope(q, k, cos, sin), apply(q, k, cos, sin)))
+
+
+@torch.no_grad()
+def _is_gated_by_silu(module: nn.Module) -> bool:
+    gate, up, down, act = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    if not isinstance(gate, nn.Linear) or not callable(up) or not callable(down) or not callable(act):
+        return False
+    x = torch.randn(4, gate.in_features, device=gate.weight.device).to(gate.weight.dtype)
+    return _is_close(down(silu(gate(x)) * up(x)), module(x)) and _is_close(silu(x), act(x))
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found.float() - expected.float()).norm() <= TOLERANCE * expected.float().norm())
 
 
 def _fused(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -48,5 +108,4 @@ def _is_plain_norm(module: nn.Module) -> bool:
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor) or weight.ndim != 1:
         return False
     x = torch.randn(4, len(weight), device=weight.device).to(weight.dtype)
-    expected, found = module(x).float(), rms_norm(x, weight.shape, weight, _epsilon(module)).float()
-    return bool((found - expected).norm() <= TOLERANCE * expected.norm())
+    return _is_close(rms_norm(x, weight.shape, weight, _epsilon(module)), module(x))

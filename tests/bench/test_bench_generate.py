@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from homkv.bench.generate import (
 from homkv.bench.static_kv import StaticKV
 from homkv.errors import UnsupportedError
 from homkv.generate import Decoder, PagesKV
-from homkv.generate.fuse import fused_norms
+from homkv.generate.fuse import fused_norms, fused_steps
 from homkv.generate.loop import attention_of
 from homkv.testing.compare import assert_relative
 
@@ -147,6 +148,31 @@ def test_fused_norms_are_the_models_norms() -> None:
         with fused_norms(model) as count:
             assert count == 2 * TINY.num_layers
     assert "forward" not in vars(model.model.norm)
+
+
+def test_fused_steps_are_the_models_steps() -> None:
+    with default_dtype(torch.float32):
+        model = random_model(TINY, torch.device("cpu")).float()
+    source, ids = sys.modules[type(model).__module__], torch.randint(TINY.vocab_size, (2, 9))
+    before = source.apply_rotary_pos_emb
+    with torch.no_grad():
+        expected = model(ids).logits
+        with fused_steps(model) as counts:
+            assert counts == (2 * TINY.num_layers + 1, 1, TINY.num_layers)
+            assert source.apply_rotary_pos_emb is not before
+            found = model(ids).logits
+    assert_relative(found, expected, 1e-5)
+    assert source.apply_rotary_pos_emb is before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_other_formulas_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(TINY, torch.device("cpu"))
+    source = sys.modules[type(model).__module__]
+    monkeypatch.setattr(source, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos[:, None], k * cos[:, None]))
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+    with fused_steps(model) as counts:
+        assert counts == (2 * TINY.num_layers + 1, 0, TINY.num_layers - 1)
 
 
 def test_the_table_shows_what_was_skipped() -> None:

@@ -12,24 +12,41 @@ from homkv.attention.triton.checks import check_attend, reachable
 from homkv.attention.triton.combine import combine_kernel
 from homkv.attention.triton.decode_pages import decode_kernel
 from homkv.attention.triton.lanes import LOG2E
-from homkv.attention.triton.runtime import has_dependent_launch, num_processors
+from homkv.attention.triton.runtime import has_dependent_launch, num_processors, shared_memory
+from homkv.attention.triton.staging import room
 from homkv.attention.view import LayerView
 from homkv.formats.rows import RowsCodec
 from homkv.spec import ChannelClass, PageLayout
 
 MIN_UNITS = 1  # of a split: the time of few pages counts more than that of merging a few splits more
-EXACT_TILE = 32  # exact tokens that are attended to at a time
+EXACT_TILE = 16  # exact tokens that are attended to at a time
 MERGED_SPLITS = 256  # at most, of partial outputs that are merged at a time
 WHOLE = 32  # channels that are worth a program of the merge
+STATIC_SHARED = 48 * 1024  # bytes of a program, at most
+RESERVED_SHARED = 1024  # bytes that the driver takes for each program
 MERGED_NUMBERS = 4096  # of a warp of the merge: registers for its loads in flight
 
 
-def wave(rows: int) -> tuple[int, int | None]:
+def exact_memory(rows: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of shared memory that a tile of exact tokens takes, at most."""
+    return (EXACT_TILE + (8 if rows <= 8 else 16)) * triton.next_power_of_2(head_dim) * itemsize
+
+
+def staging(rows: int, page_bytes: int, exact_bytes: int) -> tuple[int, int]:
+    """Pages of a step, and how many steps' pages lie in shared memory at a time: two if they fit, else none."""
+    for pages in (2, 1) if rows <= 4 else (1,):
+        if exact_bytes + 2 * pages * room(page_bytes) <= STATIC_SHARED:
+            return pages, 2
+    return (2 if rows <= 4 else 1), 0
+
+
+def wave(rows: int, shared_bytes: int, device: torch.device) -> tuple[int, int | None]:
     """Programs per multiprocessor that run at a time, and the registers per lane that this leaves them.
 
     Eight may use all there are: for two pages at a time, or two sets of columns. One page and one set take less.
     """
-    return (12, 168) if 4 < rows <= 8 else (8, None)
+    programs, registers = (12, 168) if 4 < rows <= 8 else (8, None)
+    return min(programs, shared_memory(device) // (shared_bytes + RESERVED_SHARED)), registers
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class Plan:
     max_items: int  # splits of all sequences together
     head_dim: int
     pdl: bool
+    stages: int
+    registers: int | None
     splits: dict[str, Any]  # constants of the division into splits and of the partial outputs
 
     @classmethod
@@ -49,15 +68,19 @@ class Plan:
         """Lay a checked call out."""
         batch, heads = q.shape[0], view.pool.shape[1]
         rows = q.shape[1] // heads * q.shape[2]
-        programs = programs or wave(rows)[0]
+        page_bytes = codec.layout.page_bytes
+        exact_bytes = exact_memory(rows, codec.head_dim, max(q.dtype.itemsize, view.exact_k.dtype.itemsize))
+        pages, stages = staging(rows, page_bytes, exact_bytes)
+        most, registers = wave(rows, exact_bytes + stages * pages * room(page_bytes), q.device)
         splits = {
             "D": codec.head_dim, "ROWS": rows, "HEADS": heads, "EXACT_TILE": EXACT_TILE,
             "EXACT_TILES": triton.next_power_of_2(max(triton.cdiv(view.exact_k.shape[2], EXACT_TILE), 1)),
-            "PAGES": 2 if rows <= 4 else 1, "STEP": MIN_UNITS,
+            "PAGES": pages, "STEP": MIN_UNITS,
             "BATCH_BLOCK": max(triton.next_power_of_2(batch), 32),
         }  # fmt: skip
-        max_items = max(batch, programs * num_processors(q.device) // heads)
-        return cls(batch, heads, rows, max_items, codec.head_dim, has_dependent_launch(q.device), splits)
+        max_items = max(batch, (programs or most) * num_processors(q.device) // heads)
+        pdl = has_dependent_launch(q.device)
+        return cls(batch, heads, rows, max_items, codec.head_dim, pdl, stages, registers, splits)
 
     def partials(self, device: torch.device, *lead: int) -> tuple[Tensor, Tensor, Tensor]:
         """Partial outputs ``[*lead, rows, D]``, maxima and denominators ``[*lead, rows]``."""
@@ -108,8 +131,8 @@ def launch_splits(
         plan.batch, plan.max_items, view.page_table.shape[1], view.pool.shape[0], exact_k.shape[2], exact_k.shape[0],
         **plan.splits, K=classes(layout.k_classes), V=classes(layout.v_classes), CENTRE=layout.centre_offset,
         PAGE_BYTES=layout.page_bytes, DP=triton.next_power_of_2(codec.head_dim), Q_LEN=q.shape[2],
-        SPLIT=q.dtype == torch.float32, PDL=plan.pdl, num_warps=1, num_stages=1, maxnreg=wave(plan.rows)[1],
-        launch_pdl=plan.pdl,
+        SPLIT=q.dtype == torch.float32, STAGES=plan.stages, PDL=plan.pdl, num_warps=1, num_stages=1,
+        maxnreg=plan.registers, launch_pdl=plan.pdl,
     )  # fmt: skip
 
 

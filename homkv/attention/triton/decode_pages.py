@@ -6,6 +6,7 @@ import triton.language as tl
 from homkv.attention.triton.exact_tile import store_tiles
 from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal
 from homkv.attention.triton.schedule import count_pages, count_tiles, find_split, of_sequence, split_range
+from homkv.attention.triton.staging import await_copies, copy_page, page_buffer, room
 from homkv.attention.triton.warp import (
     across,
     lane_parts,
@@ -157,10 +158,12 @@ def page_step(
 def load_pages(
     pages, own_page, g, q, K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
 ):  # fmt: skip
-    """Values, scales and centres of a step's pages; ``own_page`` is the one whose columns the lane holds."""
+    """A step's pages in registers; ``own_page`` is the one whose columns the lane holds."""
+    keys = ()
     values = ()
     centres = ()
     for p in tl.static_range(len(pages)):
+        keys = keys + (load_keys(pages[p], g, q, K),)
         centres = centres + (load_centre(pages[p], q, CENTRE, D, DP),)
         values = values + (load_values(pages[p], g, q, V),)
     scales = ()
@@ -171,16 +174,38 @@ def load_pages(
     if len(V) == 0:
         one = tl.full([32], 0xC0C0, tl.int32)
         scales = scales + ((one, one, one, one),)
-    return values, scales, centres
+    return keys, values, scales, centres
 
 
 @triton.jit
-def load_all_keys(pages, g, q, K: tl.constexpr):
-    """Keys of a step's pages."""
+def pages_in(pages, slot, PAGE_BYTES: tl.constexpr, STAGES: tl.constexpr):
+    """Pages to read, from the buffer at ``slot`` if they are staged."""
     out = ()
     for p in tl.static_range(len(pages)):
-        out = out + (load_keys(pages[p], g, q, K),)
+        out = out + ((pages[p], slot + p * room(PAGE_BYTES)) if STAGES > 0 else (pages[p],),)
     return out
+
+
+@triton.jit
+def ask_for(pages, alive, PAGE_BYTES: tl.constexpr):
+    """Start copying pages to their buffers, or to the L2 cache if they have none."""
+    for p in tl.static_range(len(pages)):
+        if len(pages[p]) == 2:
+            copy_page(pages[p], alive, PAGE_BYTES)
+        else:
+            prefetch_page(pages[p][0], PAGE_BYTES)
+
+
+@triton.jit
+def choose(own, pages):
+    """The page whose columns the lane holds."""
+    if len(pages) == 1:
+        return pages[0]
+    else:
+        out = ()
+        for i in tl.static_range(len(pages[0])):
+            out = out + (tl.where(own, pages[0][i], pages[1][i]),)
+        return out
 
 
 @triton.jit
@@ -280,7 +305,7 @@ def decode_kernel(
     ExactLen, Slots, ExactO, ExactM, ExactL, batch, max_items, max_pages, num_blocks, exact_tokens, num_slots,
     K: tl.constexpr, V: tl.constexpr, CENTRE: tl.constexpr, PAGE_BYTES: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    EXACT_TILE: tl.constexpr, EXACT_TILES: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr,
+    EXACT_TILE: tl.constexpr, EXACT_TILES: tl.constexpr, PAGES: tl.constexpr, STAGES: tl.constexpr, STEP: tl.constexpr,
     BATCH_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence and kv head: partial outputs of its exact tiles and pages. Grid (max_items, HEADS).
@@ -325,8 +350,9 @@ def decode_kernel(
     now = find_pages(pool, table, first, last, num_blocks, PAGES, STRIDE)
     following = find_pages(pool, table, first + PAGES, last, num_blocks, PAGES, STRIDE)
     # Pages are on their way while exact tokens are attended to and the queries are made ready.
-    for p in tl.static_range(PAGES):
-        prefetch_page(now[p], PAGE_BYTES)
+    STAGE: tl.constexpr = PAGES * room(PAGE_BYTES)
+    buffer = page_buffer(STAGES * STAGE)
+    ask_for(pages_in(now, buffer, PAGE_BYTES, STAGES), first < stop, PAGE_BYTES)
     if first_unit < tiles:
         slot = tl.minimum(tl.maximum(tl.load(Slots + b), 0), num_slots - 1)
         length = tl.minimum(tl.load(ExactLen + b), exact_tokens)
@@ -334,7 +360,6 @@ def decode_kernel(
             Q, ExactK, ExactV, length, slot, ExactO, ExactM, ExactL, first_unit, tl.minimum(stop_unit, tiles), b, head,
             stride_b, stride_h, stride_t, exact_tokens, scale_log2, D, DP, ROWS, Q_LEN, HEADS, EXACT_TILE, EXACT_TILES,
         )  # fmt: skip
-    keys = load_all_keys(now, g, q, K)
     queries = ()
     states = ()
     for i in tl.static_range(SETS):
@@ -342,20 +367,17 @@ def decode_kernel(
         states = states + (empty_state(count_blocks(V, len(V))),)
 
     for at in tl.range(first, stop, PAGES, num_stages=1):
-        own_page = now[0]
-        if PAGES == 2:
-            own_page = tl.where(own, now[0], now[1])
-        values, scales, centres = load_pages(now, own_page, g, q, K, V, CENTRE, D, DP)
+        await_copies(STAGES)
+        slot = buffer + (at - first) // PAGES % 2 * STAGE
+        here = pages_in(now, slot, PAGE_BYTES, STAGES)
+        ask_for(pages_in(following, 2 * buffer + STAGE - slot, PAGE_BYTES, STAGES), at + PAGES < stop, PAGE_BYTES)
+        data = load_pages(here, choose(own, here), g, q, K, V, CENTRE, D, DP)
         later = find_pages(pool, table, at + 2 * PAGES, last, num_blocks, PAGES, STRIDE)
-        for p in tl.static_range(PAGES):
-            prefetch_page(following[p], PAGE_BYTES)
         alive = own | (at + 1 < stop)
         new = ()
         for i in tl.static_range(SETS):
-            data = (keys, values, scales, centres)
             new = new + (page_step(data, states[i], queries[i], alive, own, masks, K, V, DP, PAGES, SPLIT),)
         states = new
-        keys = load_all_keys(following, g, q, K)
         now = following
         following = later
 

@@ -50,7 +50,6 @@ def exact_tile(
     d = tl.arange(0, DP)
     q = tl.load(q_row[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
     k = tl.load(K + t[:, None] * D + d[None, :], mask=(t < stop)[:, None] & (d < D)[None, :], other=0.0)
-    v = tl.load(V + t[None, :] * D + d[:, None], mask=(t < stop)[None, :] & (d < D)[:, None], other=0.0)
     if q.dtype == k.dtype and q.dtype != tl.float32:
         s = dot16(k, q, tl.zeros([TILE, N], tl.float32))
     else:
@@ -58,6 +57,7 @@ def exact_tile(
     s = tl.where((t < stop)[:, None], s * scale_log2, 3 * NEVER)
     m = tl.max(s, 0)
     p = tl.exp2(s - m[None, :])
+    v = tl.load(V + t[None, :] * D + d[:, None], mask=(t < stop)[None, :] & (d < D)[:, None], other=0.0)
     return weigh_exact(v, p, tl.zeros([DP, N], tl.float32)), m, tl.sum(p, 0)
 
 

@@ -55,6 +55,14 @@ def num_processors(device: torch.device) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor; a Hopper's where kernels are interpreted."""
+    if device.type != "cuda":
+        return 228 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
+@functools.cache
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may start while its predecessor drains (programmatic dependent launch, from Hopper on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, PLANE_2, PLANE_4, USE_PTX, scale_value
-from homkv.attention.triton.warp import load2, load4, load_short, mma8, mma16
+from homkv.attention.triton.staging import read2, read4, read_short
+from homkv.attention.triton.warp import mma8, mma16
 
 PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
@@ -46,11 +47,11 @@ def load_key_step(page, g, q, OFFSET: tl.constexpr, GROUPS: tl.constexpr, BITS: 
     for half in tl.static_range(2):
         if GROUPS >= 8:
             for block in tl.static_range(BITS // 2):
-                out = out + load2(page + (q * (32 * BITS) + g * 8), OFFSET + half * 128 * BITS + 64 * block)
+                out = out + read2(page, q * (32 * BITS) + g * 8, OFFSET + half * 128 * BITS + 64 * block)
         else:
-            address = page + (tl.minimum(half * 4 + q, GROUPS - 1) * (32 * BITS) + g * 8)
+            lane = tl.minimum(half * 4 + q, GROUPS - 1) * (32 * BITS) + g * 8
             for block in tl.static_range(BITS // 2):
-                out = out + load2(address, OFFSET + 64 * block)
+                out = out + read2(page, lane, OFFSET + 64 * block)
     return out
 
 
@@ -83,7 +84,7 @@ def load_scales(page, g, OFFSET: tl.constexpr):
     """Scale bytes of the lane's rows: a register of two tokens per tile."""
     out = ()
     for m in tl.static_range(4):
-        out = out + (load_short(page + g * 2, OFFSET + 16 * m),)
+        out = out + (read_short(page, g * 2, OFFSET + 16 * m),)
     return out
 
 
@@ -126,9 +127,9 @@ def load_centre(page, q, OFFSET: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
     out = ()
     for i in tl.static_range(DP // 32):
         if D == DP:
-            out = out + load4(page + q * (DP // 2), OFFSET + 16 * i)
+            out = out + read4(page, q * (DP // 2), OFFSET + 16 * i)
         else:
-            out = out + load4(page + 2 * tl.minimum(q * (DP // 4) + 8 * i, D - 8), OFFSET)
+            out = out + read4(page, 2 * tl.minimum(q * (DP // 4) + 8 * i, D - 8), OFFSET)
     return out
 
 
@@ -149,9 +150,9 @@ def centre_products(centres, queries, DP: tl.constexpr, PAGES: tl.constexpr):
 def load_value_block(page, g, q, OFFSET: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr):
     """32 channels of values, registers in order (block, channel)."""
     out = ()
-    address = page + (q * (4 * WIDTH) + tl.minimum(g, GROUPS - 1) * 16)
+    lane = q * (4 * WIDTH) + tl.minimum(g, GROUPS - 1) * 16
     for block in tl.static_range(BITS // 2):
-        out = out + load4(address, OFFSET + block * 16 * WIDTH)
+        out = out + read4(page, lane, OFFSET + block * 16 * WIDTH)
     return out
 
 

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
         ("test_decode.py", "every_format or every_head_dim or number_of_rows or query_dtypes"),
         ("test_encode.py", "every_format or threads or blocks"),
         ("test_hack_encode.py", "every or dtypes"),
+        ("test_staging.py", "read_as"),
         ("test_warp.py", ""),
         ("test_window.py", "append_seals or at_once"),
         ("../../bench/test_kivi_steps.py", "codes_as or store_and"),
