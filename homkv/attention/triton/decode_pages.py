@@ -5,7 +5,7 @@ import triton.language as tl
 
 from homkv.attention.triton.exact_tile import store_tiles
 from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal
-from homkv.attention.triton.schedule import count_pages, count_tiles, find_split, of_sequence, split_range
+from homkv.attention.triton.schedule import count_pages, count_tiles, count_units, find_split, of_sequence, split_range
 from homkv.attention.triton.staging import await_copies, copy_page, page_buffer, room
 from homkv.attention.triton.warp import (
     across,
@@ -321,7 +321,7 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
     counts = count_pages(NumPages, batch, BATCH_BLOCK)
     all_tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)
-    units = all_tiles + tl.cdiv(counts, PAGES)
+    units = count_units(all_tiles, counts, PAGES)
     b, split, count = find_split(item, units, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
@@ -333,10 +333,10 @@ def decode_kernel(
     if PAGES == 2:
         masks = (tl.where(g < 4, -1, 0), tl.where(g < 4, 0, -1))
 
-    tiles = of_sequence(all_tiles, b, BATCH_BLOCK)
-    first_unit, stop_unit = split_range(split, count, of_sequence(units, b, BATCH_BLOCK))
-    first = tl.maximum(first_unit - tiles, 0) * PAGES
-    stop = tl.minimum(tl.maximum(stop_unit - tiles, 0) * PAGES, of_sequence(counts, b, BATCH_BLOCK))
+    first_tile, stop_tile = split_range(split, count, of_sequence(all_tiles, b, BATCH_BLOCK))
+    pages = of_sequence(counts, b, BATCH_BLOCK)
+    first, stop = split_range(split, count, tl.cdiv(pages, PAGES))
+    first, stop = first * PAGES, tl.minimum(stop * PAGES, pages)
     last = tl.minimum(tl.maximum(stop - 1, 0), max_pages - 1)
     table = PageTable + b.to(tl.int64) * max_pages
     pool = (Pool + head * PAGE_BYTES).to(tl.int64, bitcast=True) + tl.zeros([32], tl.int64)
@@ -353,11 +353,11 @@ def decode_kernel(
     STAGE: tl.constexpr = PAGES * room(PAGE_BYTES)
     buffer = page_buffer(STAGES * STAGE)
     ask_for(pages_in(now, buffer, PAGE_BYTES, STAGES), first < stop, PAGE_BYTES)
-    if first_unit < tiles:
+    if first_tile < stop_tile:
         slot = tl.minimum(tl.maximum(tl.load(Slots + b), 0), num_slots - 1)
         length = tl.minimum(tl.load(ExactLen + b), exact_tokens)
         store_tiles(
-            Q, ExactK, ExactV, length, slot, ExactO, ExactM, ExactL, first_unit, tl.minimum(stop_unit, tiles), b, head,
+            Q, ExactK, ExactV, length, slot, ExactO, ExactM, ExactL, first_tile, stop_tile, b, head,
             stride_b, stride_h, stride_t, exact_tokens, scale_log2, D, DP, ROWS, Q_LEN, HEADS, EXACT_TILE, EXACT_TILES,
         )  # fmt: skip
     queries = ()

@@ -1,7 +1,8 @@
 """Which program does what: split-KV over sequences of unequal length, decided on the device.
 
-A sequence's work is a row of units: exact tokens, a tile per unit, then pages, as many per unit as its kernel takes at
-a time. A split is a run of them.
+Pages are counted in units of as many as a kernel takes at a time. A split takes equal shares of a sequence's exact
+tiles and of its units of pages: a tile's loads are short and wait for memory as long as a page's, so that a program
+that took them all would be the last one to end.
 """
 
 import triton
@@ -21,6 +22,12 @@ def count_tiles(ExactLen, exact_tokens, batch, TILE: tl.constexpr, BATCH_BLOCK: 
     i = tl.arange(0, BATCH_BLOCK)
     length = tl.minimum(tl.load(ExactLen + i, mask=i < batch, other=0), exact_tokens)
     return tl.cdiv(tl.maximum(length, 0), TILE)
+
+
+@triton.jit
+def count_units(tiles, pages, PAGES: tl.constexpr):
+    """What the number of splits goes by: units of pages, or exact tiles where there are more."""
+    return tl.maximum(tiles, tl.cdiv(pages, PAGES))
 
 
 @triton.jit
