@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.exact_tile import store_tiles
+from homkv.attention.triton.exact_tile import prefetch_tile, store_tiles
 from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal
 from homkv.attention.triton.schedule import count_pages, count_tiles, count_units, find_split, of_sequence, split_range
 from homkv.attention.triton.staging import await_copies, copy_page, page_buffer, room
@@ -23,7 +23,7 @@ from homkv.attention.triton.warp_page import (
     load_scales,
     load_values,
     page_scores,
-    prefetch_page,
+    prefetch_bytes,
     two_scales,
     value_step,
 )
@@ -193,7 +193,7 @@ def ask_for(pages, alive, PAGE_BYTES: tl.constexpr):
         if len(pages[p]) == 2:
             copy_page(pages[p], alive, PAGE_BYTES)
         else:
-            prefetch_page(pages[p][0], PAGE_BYTES)
+            prefetch_bytes(pages[p][0], PAGE_BYTES, PAGE_BYTES)
 
 
 @triton.jit
@@ -334,6 +334,10 @@ def decode_kernel(
         masks = (tl.where(g < 4, -1, 0), tl.where(g < 4, 0, -1))
 
     first_tile, stop_tile = split_range(split, count, of_sequence(all_tiles, b, BATCH_BLOCK))
+    slot = tl.minimum(tl.maximum(tl.load(Slots + b), 0), num_slots - 1)
+    if first_tile < stop_tile:  # ahead of the pages: behind the whole machine's first pages it would wait for them
+        prefetch_tile(ExactK, slot, head, first_tile, exact_tokens, D, HEADS, EXACT_TILE)
+        prefetch_tile(ExactV, slot, head, first_tile, exact_tokens, D, HEADS, EXACT_TILE)
     pages = of_sequence(counts, b, BATCH_BLOCK)
     first, stop = split_range(split, count, tl.cdiv(pages, PAGES))
     first, stop = first * PAGES, tl.minimum(stop * PAGES, pages)
@@ -354,7 +358,6 @@ def decode_kernel(
     buffer = page_buffer(STAGES * STAGE)
     ask_for(pages_in(now, buffer, PAGE_BYTES, STAGES), first < stop, PAGE_BYTES)
     if first_tile < stop_tile:
-        slot = tl.minimum(tl.maximum(tl.load(Slots + b), 0), num_slots - 1)
         length = tl.minimum(tl.load(ExactLen + b), exact_tokens)
         store_tiles(
             Q, ExactK, ExactV, length, slot, ExactO, ExactM, ExactL, first_tile, stop_tile, b, head,
@@ -368,9 +371,9 @@ def decode_kernel(
 
     for at in tl.range(first, stop, PAGES, num_stages=1):
         await_copies(STAGES)
-        slot = buffer + (at - first) // PAGES % 2 * STAGE
-        here = pages_in(now, slot, PAGE_BYTES, STAGES)
-        ask_for(pages_in(following, 2 * buffer + STAGE - slot, PAGE_BYTES, STAGES), at + PAGES < stop, PAGE_BYTES)
+        stage = buffer + (at - first) // PAGES % 2 * STAGE
+        here = pages_in(now, stage, PAGE_BYTES, STAGES)
+        ask_for(pages_in(following, 2 * buffer + STAGE - stage, PAGE_BYTES, STAGES), at + PAGES < stop, PAGE_BYTES)
         data = load_pages(here, choose(own, here), g, q, K, V, CENTRE, D, DP)
         later = find_pages(pool, table, at + 2 * PAGES, last, num_blocks, PAGES, STRIDE)
         alive = own | (at + 1 < stop)

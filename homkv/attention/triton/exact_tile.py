@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import NEVER, dot16
+from homkv.attention.triton.warp_page import prefetch_bytes
 
 
 @triton.jit
@@ -23,6 +24,17 @@ def query_rows(
     n = tl.arange(0, N) % COLUMNS
     row = (head * (ROWS // Q_LEN) + n // Q_LEN) * stride_h + n % Q_LEN * stride_t
     return Q + b.to(tl.int64) * stride_b + row, n < ROWS
+
+
+@triton.jit
+def prefetch_tile(
+    X, slot, head, tile, exact_tokens, D: tl.constexpr, HEADS: tl.constexpr, EXACT_TILE: tl.constexpr
+):  # fmt: skip
+    """Bring a tile of exact keys or values into the L2 cache."""
+    BYTES: tl.constexpr = D * X.dtype.element_ty.primitive_bitwidth // 8
+    at = ((slot.to(tl.int64) * HEADS + head) * exact_tokens + tile * EXACT_TILE) * BYTES
+    limit = (exact_tokens - tile * EXACT_TILE) * BYTES
+    prefetch_bytes(X.to(tl.int64, bitcast=True) + at + tl.zeros([32], tl.int64), limit, EXACT_TILE * BYTES)
 
 
 @triton.jit

@@ -181,9 +181,9 @@ def value_step(x, w, acc, U: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def prefetch_page(page, SIZE: tl.constexpr):
-    """Ask for a page to be brought into the L2 cache, a line per lane."""
+def prefetch_bytes(address, limit, SIZE: tl.constexpr):
+    """Ask for SIZE bytes, of which ``limit`` exist, to be brought into the L2 cache, a line per lane."""
     if USE_PTX:
         for i in tl.static_range((SIZE + 4095) // 4096):
-            line = page + tl.minimum(tl.arange(0, 32) * 128 + i * 4096, SIZE - 1)
+            line = address + tl.minimum(tl.arange(0, 32) * 128 + i * 4096, limit - 1)
             tl.inline_asm_elementwise(PREFETCH, "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)
