@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import NEVER, hadamard
-from homkv.attention.triton.schedule import count_pages, count_tiles, count_units, find_splits, of_sequence
+from homkv.attention.triton.schedule import count_pages, count_tiles, find_splits, of_sequence
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def combine_kernel(
     head = tl.program_id(0) // ROWS % HEADS
     b = tl.program_id(0) // (ROWS * HEADS)
     all_tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)
-    units = count_units(all_tiles, count_pages(NumPages, batch, BATCH_BLOCK), PAGES)
+    units = all_tiles + tl.cdiv(count_pages(NumPages, batch, BATCH_BLOCK), PAGES)
     item, count = find_splits(b, units, batch, max_items, STEP, BATCH_BLOCK)
     tiles = of_sequence(all_tiles, b, BATCH_BLOCK)
     if PDL:

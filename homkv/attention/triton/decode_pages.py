@@ -5,7 +5,7 @@ import triton.language as tl
 
 from homkv.attention.triton.exact_tile import prefetch_tile, store_tiles
 from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal
-from homkv.attention.triton.schedule import count_pages, count_tiles, count_units, find_split, of_sequence, split_range
+from homkv.attention.triton.schedule import count_pages, count_tiles, find_split, of_sequence, split_range, tiles_before
 from homkv.attention.triton.staging import await_copies, copy_page, page_buffer, room
 from homkv.attention.triton.warp import (
     across,
@@ -321,7 +321,7 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
     counts = count_pages(NumPages, batch, BATCH_BLOCK)
     all_tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)
-    units = count_units(all_tiles, counts, PAGES)
+    units = all_tiles + tl.cdiv(counts, PAGES)
     b, split, count = find_split(item, units, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
@@ -333,14 +333,15 @@ def decode_kernel(
     if PAGES == 2:
         masks = (tl.where(g < 4, -1, 0), tl.where(g < 4, 0, -1))
 
-    first_tile, stop_tile = split_range(split, count, of_sequence(all_tiles, b, BATCH_BLOCK))
+    tiles, row = of_sequence(all_tiles, b, BATCH_BLOCK), of_sequence(units, b, BATCH_BLOCK)
+    first_unit, stop_unit = split_range(split, count, row)
+    first_tile, stop_tile = tiles_before(first_unit, tiles, row), tiles_before(stop_unit, tiles, row)
+    first = (first_unit - first_tile) * PAGES
+    stop = tl.minimum((stop_unit - stop_tile) * PAGES, of_sequence(counts, b, BATCH_BLOCK))
     slot = tl.minimum(tl.maximum(tl.load(Slots + b), 0), num_slots - 1)
     if first_tile < stop_tile:  # ahead of the pages: behind the whole machine's first pages it would wait for them
         prefetch_tile(ExactK, slot, head, first_tile, exact_tokens, D, HEADS, EXACT_TILE)
         prefetch_tile(ExactV, slot, head, first_tile, exact_tokens, D, HEADS, EXACT_TILE)
-    pages = of_sequence(counts, b, BATCH_BLOCK)
-    first, stop = split_range(split, count, tl.cdiv(pages, PAGES))
-    first, stop = first * PAGES, tl.minimum(stop * PAGES, pages)
     last = tl.minimum(tl.maximum(stop - 1, 0), max_pages - 1)
     table = PageTable + b.to(tl.int64) * max_pages
     pool = (Pool + head * PAGE_BYTES).to(tl.int64, bitcast=True) + tl.zeros([32], tl.int64)

@@ -1,8 +1,8 @@
 """Which program does what: split-KV over sequences of unequal length, decided on the device.
 
-Pages are counted in units of as many as a kernel takes at a time. A split takes equal shares of a sequence's exact
-tiles and of its units of pages: a tile's loads are short and wait for memory as long as a page's, so that a program
-that took them all would be the last one to end.
+A sequence's work is a row of units: exact tiles, one each, and pages, as many per unit as a kernel takes at a time. A
+split is a run of units. Tiles are spread evenly over the row: each waits for its own loads, so that a program that took
+them all would be the last one to end.
 """
 
 import triton
@@ -22,12 +22,6 @@ def count_tiles(ExactLen, exact_tokens, batch, TILE: tl.constexpr, BATCH_BLOCK: 
     i = tl.arange(0, BATCH_BLOCK)
     length = tl.minimum(tl.load(ExactLen + i, mask=i < batch, other=0), exact_tokens)
     return tl.cdiv(tl.maximum(length, 0), TILE)
-
-
-@triton.jit
-def count_units(tiles, pages, PAGES: tl.constexpr):
-    """What the number of splits goes by: units of pages, or exact tiles where there are more."""
-    return tl.maximum(tiles, tl.cdiv(pages, PAGES))
 
 
 @triton.jit
@@ -71,3 +65,9 @@ def find_splits(b, units, batch, max_items, STEP: tl.constexpr, BATCH_BLOCK: tl.
 def split_range(split, count, units):
     """First and last + 1 unit of a split: equal shares."""
     return split * units // count, (split + 1) * units // count
+
+
+@triton.jit
+def tiles_before(unit, tiles, units):
+    """How many of a row's tiles lie before a unit; the other units before it are pages."""
+    return tl.cdiv(unit * tiles, tl.maximum(units, 1))

@@ -26,7 +26,7 @@ from homkv.attention.triton.decode import (
 from homkv.attention.triton.exact_tile import exact_tile, query_rows
 from homkv.attention.triton.lanes import LOG2E, NEVER, fast_log2, fast_reciprocal, hadamard, prefetch
 from homkv.attention.triton.runtime import has_dependent_launch, num_processors
-from homkv.attention.triton.schedule import count_pages, count_tiles, count_units, find_split, of_sequence, split_range
+from homkv.attention.triton.schedule import count_pages, count_tiles, find_split, of_sequence, split_range
 from homkv.attention.triton.warp_page import count_blocks
 from homkv.attention.view import LayerView
 from homkv.bench.peers.dequant_centre import (
@@ -202,7 +202,7 @@ def dequant_kernel(
     head = tl.program_id(1)
     counts = count_pages(NumPages, batch, BATCH_BLOCK)
     tiles = count_tiles(ExactLen, exact_tokens, batch, EXACT_TILE, BATCH_BLOCK)  # counted by the merge, too
-    b, split, count = find_split(item, count_units(tiles, counts, 1), batch, max_items, STEP, BATCH_BLOCK)
+    b, split, count = find_split(item, tiles + counts, batch, max_items, STEP, BATCH_BLOCK)
     if b >= batch:
         return
     pages = of_sequence(counts, b, BATCH_BLOCK)
