@@ -13,6 +13,7 @@ from homkv.formats.base import PageCodec
 MAX_ROWS = 16  # query rows per kv head: columns of one matrix instruction, twice
 MAX_BATCH = 4096  # sequences whose splits one program can lay out
 INT32_MAX = 2**31 - 1
+MAX_PAGES = 2**20  # of a sequence: splits times pages are int32 numbers
 MAX_GRID = 65535  # blocks along the second and third dimension of a launch
 EXACT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNMENT = 16  # bytes: what one access of a thread takes
@@ -47,7 +48,7 @@ def check_status_word(status: Tensor, device: torch.device) -> None:
 
 
 def check_view(view: LayerView, codec: PageCodec) -> tuple[int, int]:
-    """Check devices, dtypes and shapes of a view. Returns batch and kv heads. Raises ShapeError, DTypeError."""
+    """Check devices, dtypes and shapes of a view. Returns batch and kv heads. Raises ShapeError, DTypeError, UnsupportedError."""
     device = view.pool.device
     check_device(device)
     check_tensor("pool", view.pool, (torch.uint8,), 3, device)
@@ -70,6 +71,11 @@ def check_view(view: LayerView, codec: PageCodec) -> tuple[int, int]:
         raise ShapeError(
             f"expected one entry per row of page_table {tuple(view.page_table.shape)}, at least one page column and "
             f"one slot, found {lengths} and {slots} slots; pass [B] tensors"
+        )
+    if view.page_table.shape[1] > MAX_PAGES:
+        raise UnsupportedError(
+            f"expected at most {MAX_PAGES} pages per sequence, found a page_table {tuple(view.page_table.shape)}; make it "
+            "as wide as the longest sequence"
         )
     expected = (slots, heads, view.exact_k.shape[2], codec.head_dim)
     if tuple(view.exact_k.shape) != expected or tuple(view.exact_v.shape) != expected:
