@@ -33,12 +33,12 @@ def fused_norms(model: nn.Module) -> Iterator[int]:
 
 @contextmanager
 def fused_steps(model: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """As :func:`fused_norms`, and RoPE and gated activations by kernels of their own where Triton runs.
+    """As :func:`fused_norms`, and RoPE and gated activations by kernels of their own where the model's device has them.
 
     Gives the numbers of norms, of rotations and of MLPs that take part, by the same rule. A rotation is a function of
     the module that defines the model's architecture: inside the block other models of it call the kernel, too.
     """
-    if not runtime.is_available():
+    if not runtime.runs_on(next(model.parameters()).device):
         with fused_norms(model) as norms:
             yield norms, 0, 0
         return

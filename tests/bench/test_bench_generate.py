@@ -152,8 +152,8 @@ def test_fused_norms_are_the_models_norms() -> None:
 
 def test_fused_steps_are_the_models_steps() -> None:
     with default_dtype(torch.float32):
-        model = random_model(TINY, torch.device("cpu")).float()
-    source, ids = sys.modules[type(model).__module__], torch.randint(TINY.vocab_size, (2, 9))
+        model = random_model(TINY, DEVICE).float()
+    source, ids = sys.modules[type(model).__module__], torch.randint(TINY.vocab_size, (2, 9), device=DEVICE)
     before = source.apply_rotary_pos_emb
     with torch.no_grad():
         expected = model(ids).logits
@@ -167,12 +167,19 @@ def test_fused_steps_are_the_models_steps() -> None:
 
 
 def test_other_formulas_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(TINY, torch.device("cpu"))
+    model = random_model(TINY, DEVICE)
     source = sys.modules[type(model).__module__]
     monkeypatch.setattr(source, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q * cos[:, None], k * cos[:, None]))
     model.model.layers[0].mlp.act_fn = torch.nn.GELU()
     with fused_steps(model) as counts:
         assert counts == (2 * TINY.num_layers + 1, 0, TINY.num_layers - 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of this machine run on the CPU")
+def test_a_model_where_no_kernel_runs_keeps_its_steps() -> None:
+    model = random_model(TINY, torch.device("cpu"))
+    with fused_steps(model) as counts:
+        assert counts == (2 * TINY.num_layers + 1, 0, 0)
 
 
 def test_the_table_shows_what_was_skipped() -> None:

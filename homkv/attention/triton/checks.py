@@ -48,7 +48,10 @@ def check_status_word(status: Tensor, device: torch.device) -> None:
 
 
 def check_view(view: LayerView, codec: PageCodec) -> tuple[int, int]:
-    """Check devices, dtypes and shapes of a view. Returns batch and kv heads. Raises ShapeError, DTypeError, UnsupportedError."""
+    """Check devices, dtypes and shapes of a view; returns batch and kv heads.
+
+    Raises ShapeError, DTypeError, UnsupportedError.
+    """
     device = view.pool.device
     check_device(device)
     check_tensor("pool", view.pool, (torch.uint8,), 3, device)
@@ -74,8 +77,8 @@ def check_view(view: LayerView, codec: PageCodec) -> tuple[int, int]:
         )
     if view.page_table.shape[1] > MAX_PAGES:
         raise UnsupportedError(
-            f"expected at most {MAX_PAGES} pages per sequence, found a page_table {tuple(view.page_table.shape)}; make it "
-            "as wide as the longest sequence"
+            f"expected at most {MAX_PAGES} pages per sequence, found a page_table {tuple(view.page_table.shape)}; make "
+            "it as wide as the longest sequence"
         )
     expected = (slots, heads, view.exact_k.shape[2], codec.head_dim)
     if tuple(view.exact_k.shape) != expected or tuple(view.exact_v.shape) != expected:

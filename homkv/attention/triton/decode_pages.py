@@ -310,8 +310,8 @@ def decode_kernel(
 ):  # fmt: skip
     """One split of one sequence and kv head: partial outputs of its exact tiles and pages. Grid (max_items, HEADS).
 
-    PAGES: a unit's, two for up to 4 query rows, else one; more than 8 rows are two sets of columns. A page is asked for
-    one step ahead; its keys are loaded into registers at the end of the step before, the rest when its step begins.
+    PAGES: a unit's, two for up to 4 query rows, else one; more than 8 rows are two sets of columns. STAGES: buffers in
+    shared memory, to which a step's pages are copied during the step before; 0: they are asked into the L2 cache then.
     """
     item = tl.program_id(0)
     head = tl.program_id(1)

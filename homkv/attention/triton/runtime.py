@@ -37,6 +37,11 @@ def require() -> None:
         )
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device."""
+    return is_available() and device.type == ("cpu" if is_interpreting() else "cuda")
+
+
 def check_device(device: torch.device) -> None:
     """Raise UnsupportedError unless kernels can run on tensors of this device."""
     expected = "cpu" if is_interpreting() else "cuda"

@@ -157,6 +157,9 @@ def test_wrong_input_is_refused(device: torch.device) -> None:
         triton.attend(q.repeat(1, 1, 17, 1), view, codec, 0.1)
     with pytest.raises(ShapeError, match="softmax_scale"):
         triton.attend(q, view, codec, 0.0)
+    wide = torch.zeros(1, 2**20 + 1, dtype=torch.int32, device=device)
+    with pytest.raises(UnsupportedError, match="expected at most 1048576 pages"):
+        triton.attend(q, replace(view, page_table=wide), codec, 0.1)
     with pytest.raises(DTypeError, match="page_table"):
         triton.attend(q, replace(view, page_table=view.page_table.long()), codec, 0.1)
     with pytest.raises(ShapeError, match="one entry per row"):
