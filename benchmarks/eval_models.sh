@@ -29,8 +29,8 @@ measure() {  # NAME OPTIONS...
 }
 
 known() {  # NAME PATTERN: stored cases that match begin the part's record: they are not measured again
-    local stored=benchmarks/results/eval-$model-h100.jsonl record=$OUT/$model-$1.jsonl
-    [[ -e $record || ! -e $stored ]] || grep -E "$2" "$stored" > "$record" || true
+    local record=$OUT/$model-$1.jsonl
+    [[ -e $record ]] || cat "benchmarks/results/eval-$model-h"[12]00.jsonl | grep -E "$2" > "$record" || true
 }
 
 evaluate() {  # MODEL PART

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_FORMATS = ("fp16", "fp8", "int8", "near-lossless", "quality", "balanced", "small", "hack-2026", "hack", "kivi")
 SPEED_CONTEXT = 8192  # tokens
 RECORD = Path("runs/eval.jsonl")
+JSON_HELP = "Results; a run goes on where they end. Repeat: earlier results to report beside the last file's."
 
 
 Names = list[str] | None
@@ -53,20 +54,20 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     impl: Annotated[str | None, typer.Option(help="cpu, triton or reference; default: the format's first.")] = None,
     num_threads: Annotated[int | None, typer.Option(help="Compute threads.")] = None,
-    record: Annotated[Path, typer.Option("--json", help="Results; a run goes on where it ends.")] = RECORD,
+    record: Annotated[list[Path] | None, typer.Option("--json", help=JSON_HELP)] = None,
     report: Annotated[Path | None, typer.Option(help="Write a Markdown page here, plots beside it.")] = None,
     only_report: Annotated[bool, typer.Option("--only-report", help="Only report what --json holds.")] = False,
     gate: Annotated[Path | None, typer.Option(help="Measure what this file asks for; exit 1 if it fails.")] = None,
 ) -> None:
     """Measure formats against the unquantized model: KL, perplexity, top-1, drift, retrieval, copying, code, bytes."""
-    console, place = Console(), Place(device, impl, num_threads)
+    console, place, records = Console(), Place(device, impl, num_threads), record or [RECORD]
     if gate is not None:
         _gate(gate, console, place, batch)
         return
     if not only_report:
         names = tuple(dict.fromkeys(map(spelled, kv_cache_dtype or DEFAULT_FORMATS)))
-        _measure(model, names, context.params, console, place)
-    _report(record, report, console)
+        _measure(model, names, context.params, records[-1], console, place)
+    _report(records, report, console)
 
 
 def _options(given: Mapping[str, Any]) -> "Options":
@@ -93,7 +94,9 @@ class Place:
     num_threads: int | None
 
 
-def _measure(model: str, names: tuple[str, ...], given: Mapping[str, Any], console: Console, place: Place) -> None:
+def _measure(
+    model: str, names: tuple[str, ...], given: Mapping[str, Any], path: Path, console: Console, place: Place
+) -> None:
     """Measure everything and append it to the record."""
     import torch
 
@@ -104,7 +107,7 @@ def _measure(model: str, names: tuple[str, ...], given: Mapping[str, Any], conso
     from homkv.eval.sizes import measure_sizes
     from homkv.models import load_model
 
-    options, path = _options(given), given["record"]
+    options = _options(given)
     conditions = Conditions(names, given["prefill"], place.impl, given["run_code"], given["bf16"], given["batch"])
     with steps(console) as progress:
         loaded = load_model(model, device=place.device, num_threads=place.num_threads, progress=progress.note)
@@ -140,27 +143,27 @@ def _run_record(loaded: "LoadedModel") -> "Record":
     )
 
 
-def _report(path: Path, page: Path | None, console: Console) -> None:
-    """Show what the file holds; write the page, its plots and the numbers as JSON if asked for."""
+def _report(paths: Sequence[Path], page: Path | None, console: Console) -> None:
+    """Show what the files hold, the last one's where several say something about one case; write the page, its plots
+    and the numbers as JSON if asked for."""
     import msgspec
 
     from homkv.eval.plots import save_plots
-    from homkv.eval.record import Case, read_records
-    from homkv.eval.report import by_preset, make_report, markdown, notes, quality_table, rich_table, tables
+    from homkv.eval.record import read_records
+    from homkv.eval.report import counted_cases, make_report, markdown, notes, quality_table, rich_table, tables
 
-    records = by_preset(read_records(path))
-    found = make_report(records)
+    records = [record for path in paths for record in read_records(path)]
+    found, files = make_report(records), " ".join(f"--json {path}" for path in paths)
     if not found.summaries:
-        raise FormatError(f"expected results in {path}, found none; run homkv eval without --only-report first")
+        raise FormatError(f"expected results in {files}, found none; run homkv eval without --only-report first")
     console.print(quality_table(found))
     for table in tables(found):
         console.print(rich_table(*table))
     for note in notes(found):
         console.print(note, style="yellow", highlight=False, markup=False)
     if page is not None:
-        cases = [r for r in records if isinstance(r, Case) and r.model == found.model]
-        plots = save_plots(found, cases, page.parent)
-        page.write_text(markdown(found, f"homkv eval --json {path}", plots), encoding="utf-8")
+        plots = save_plots(found, counted_cases(records), page.parent)
+        page.write_text(markdown(found, f"homkv eval --only-report {files} --report {page}", plots), encoding="utf-8")
         page.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(found.as_json())))
         console.print(f"wrote {page}", highlight=False)
 

@@ -77,12 +77,13 @@ def pareto(report: Report) -> Figure | None:
 
 
 def drift(report: Report, cases: Sequence[Case]) -> Figure | None:
-    """KL by position behind the exact prefix, mean over texts and STRIDE tokens, in the setting with most cases."""
-    cases = next(iter(by_setting(cases).values()), [])
+    """KL by position behind the exact prefix, mean over texts and STRIDE tokens, where the scored tokens are most."""
+    settings = by_setting(cases)
+    longest = settings[max(settings, key=lambda setting: setting.scored)] if settings else []
     lines = {}
     for row in _measured(report):
-        texts = [c.kl for c in cases if c.format == row.format]
-        count = min(map(len, texts)) // STRIDE * STRIDE
+        texts = [c.kl for c in longest if c.format == row.format]
+        count = min(map(len, texts), default=0) // STRIDE * STRIDE
         if count:
             lines[row.format] = np.mean([t[:count] for t in texts], 0).reshape(-1, STRIDE).mean(1)
     if not lines:

@@ -74,10 +74,8 @@ def by_preset(records: Sequence[Record]) -> list[Record]:
 
 def make_report(records: Sequence[Record]) -> Report:
     """Put the newest results together. Records of several models: the last one's."""
-    records = by_preset(records)
-    cases = [r for r in records if isinstance(r, Case)]
+    records, cases = by_preset(records), counted_cases(records)
     model = cases[-1].model if cases else ""
-    cases = list({_subject(c): c for c in {c.key: c for c in cases if c.model == model}.values()}.values())
     settings = by_setting(cases)
     main = next(iter(settings), None)
     texts = settings.get(main, []) if main else []
@@ -95,6 +93,13 @@ def make_report(records: Sequence[Record]) -> Report:
         unresolved=tuple(unresolved(texts)),
         failed=tuple(f"{shown(c.format)} on {c.task} {c.item}: {c.error}" for c in cases if c.error),
     )
+
+
+def counted_cases(records: Sequence[Record]) -> list[Case]:
+    """The cases that a report counts: the last model's, and of several about one subject the last."""
+    cases = [r for r in by_preset(records) if isinstance(r, Case)]
+    newest = {c.key: c for c in cases if c.model == cases[-1].model}
+    return list({_subject(c): c for c in newest.values()}.values())
 
 
 def _subject(case: Case) -> tuple[object, ...]:
