@@ -18,6 +18,7 @@ from homkv.vllm.launch import Command
 Report = Callable[[str, str], None]  # (process, line of text)
 LOG_LINES = 25
 POLL_S = 0.5
+TAKEN = "address already in use"  # in a server's log
 STOP_TIMEOUT_S = 20.0  # vLLM ends its engine within seconds; what has not ended by then is killed
 
 
@@ -88,6 +89,7 @@ class Fleet:
             for command in [c for c in waiting if _answers(c.url)]:
                 waiting.remove(command)
                 self._report(command.name, f"ready at {command.url}")
+            self._check_ports(waiting)
             if waiting and time.monotonic() > deadline:
                 names = ", ".join(c.name for c in waiting)
                 raise TransferError(
@@ -95,6 +97,17 @@ class Fleet:
                     f"{self.log(waiting[0].name)}"
                 )
             time.sleep(POLL_S)
+
+    def _check_ports(self, waiting: list[Command]) -> None:
+        """Raise TransferError if a server cannot have a port. vLLM's thread for NIXL's side channel ends then, and its
+        engine waits for it without end."""
+        for command in waiting:
+            if TAKEN in self._written(command.name).lower():
+                raise TransferError(
+                    f"expected the ports of {command.name} to be free, found one taken; choose another --port, below "
+                    f"those that the system hands out by itself (net.ipv4.ip_local_port_range). Its log:\n"
+                    f"{self.log(command.name)}"
+                )
 
     def check(self) -> None:
         """Raise TransferError, with its log, if a process has ended."""
@@ -114,7 +127,10 @@ class Fleet:
 
     def log(self, name: str) -> str:
         """The last lines that a process wrote."""
-        return "\n".join((self.logs / f"{name}.log").read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return "\n".join(self._written(name).splitlines()[-LOG_LINES:])
+
+    def _written(self, name: str) -> str:
+        return (self.logs / f"{name}.log").read_text(errors="replace")
 
     def close(self) -> None:
         """Ask every process to stop, router first, and end the groups of those that do not."""

@@ -6,6 +6,7 @@ again, and beside it a server of another format, by the command itself.
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -33,11 +34,17 @@ FREED_S = 300
 NEW_TOKENS = 8
 
 
-def free_ports() -> int:
-    """A port with free ones behind it."""
+def is_free(port: int) -> bool:
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return min(int(found.getsockname()[1]), 60_000)
+        return found.connect_ex(("127.0.0.1", port)) != 0
+
+
+def free_ports() -> int:
+    """A port with free ones behind it, all below those that the system hands out to every other server's threads."""
+    while True:
+        port = random.randrange(12_000, 30_000)
+        if all(is_free(port + i) for i in (*range(12), *range(1001, 1013))):
+            return port
 
 
 OPTIONS = ServeOptions(

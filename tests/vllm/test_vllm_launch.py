@@ -130,6 +130,25 @@ def test_a_process_that_never_answers_is_given_up(tmp_path: Path) -> None:
     assert time.monotonic() - start < 20
 
 
+PORT_TAKEN = """
+import socket, sys, threading, time
+threading.Thread(target=lambda: socket.socket().bind(("127.0.0.1", int(sys.argv[1])))).start()
+time.sleep(600)
+"""
+
+
+def test_a_server_that_waits_for_a_taken_port_is_an_error(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        argv = (sys.executable, "-c", PORT_TAKEN, str(other.getsockname()[1]))
+        waits = Command("waits", f"http://127.0.0.1:{free_port()}", argv)
+        with (
+            pytest.raises(TransferError, match=r"ports of waits to be free, found one taken(.|\n)*Address already"),
+            Fleet([waits], lambda *_: None, tmp_path, timeout_s=300),
+        ):
+            raise AssertionError("must not come up")
+
+
 def test_one_process_is_killed_and_replaced(tmp_path: Path) -> None:
     servers = [small_server("one"), small_server("two")]
     with Fleet(servers, lambda *_: None, tmp_path, timeout_s=30) as fleet:
