@@ -30,7 +30,7 @@ measure() {  # NAME OPTIONS...
 
 known() {  # NAME PATTERN: stored cases that match begin the part's record: they are not measured again
     local record=$OUT/$model-$1.jsonl
-    [[ -e $record ]] || cat "benchmarks/results/eval-$model-h"[12]00.jsonl | grep -E "$2" > "$record" || true
+    [[ -e $record ]] || grep -hE "$2" "benchmarks/results/eval-$model-h"[12]00.jsonl > "$record" || true
 }
 
 evaluate() {  # MODEL PART

@@ -2,8 +2,8 @@
 
 Weights are random and so is the KV of long contexts: neither changes the time of a step. Every repetition runs every
 format once, in turn, and ratios are taken inside a repetition. A step is timed on the GPU over ``steps`` replays; in 64
-every sequence seals one page. All formats run the same model code, with
-RMS norms, RoPE and gated activations as one kernel each.
+every sequence seals one page. All formats run the same model code, with RMS norms, RoPE and gated activations as one
+kernel each.
 """
 
 import gc

@@ -150,7 +150,7 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> None:
 
     from homkv.eval.plots import save_plots
     from homkv.eval.record import read_records
-    from homkv.eval.report import counted_cases, make_report, markdown, notes, quality_table, rich_table, tables
+    from homkv.eval.report import make_report, markdown, notes, quality_table, rich_table, tables
 
     records = [record for path in paths for record in read_records(path)]
     found, files = make_report(records), " ".join(f"--json {path}" for path in paths)
@@ -162,7 +162,7 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> None:
     for note in notes(found):
         console.print(note, style="yellow", highlight=False, markup=False)
     if page is not None:
-        plots = save_plots(found, counted_cases(records), page.parent)
+        plots = save_plots(found, page.parent)
         page.write_text(markdown(found, f"homkv eval --only-report {files} --report {page}", plots), encoding="utf-8")
         page.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(found.as_json())))
         console.print(f"wrote {page}", highlight=False)

@@ -1,6 +1,5 @@
 """Plots of a report: bits against KL, KL over the position behind the prompt, attention error per layer and head."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ from matplotlib.figure import Figure
 
 from homkv.errors import FormatError
 from homkv.eval.names import shown
-from homkv.eval.record import EXACT, MODEL_BF16, Case, Size
+from homkv.eval.record import EXACT, MODEL_BF16, Size
 from homkv.eval.report import Report
 from homkv.eval.summary import Summary, by_setting
 from homkv.plan import BASE as PER_LAYER
@@ -18,10 +17,10 @@ STRIDE = 16  # tokens that share a point over positions
 FILES = ("png", "svg")
 
 
-def save_plots(report: Report, cases: Sequence[Case], folder: Path) -> list[str]:
+def save_plots(report: Report, folder: Path) -> list[str]:
     """Write what the results allow into ``folder``, PNG and SVG; returns the names of the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"pareto": pareto(report), "drift": drift(report, cases), "heads": heads(report)}
+    figures = {"pareto": pareto(report), "drift": drift(report), "heads": heads(report)}
     names = []
     for kind, figure in figures.items():
         if figure is None:
@@ -76,9 +75,9 @@ def pareto(report: Report) -> Figure | None:
     return figure
 
 
-def drift(report: Report, cases: Sequence[Case]) -> Figure | None:
+def drift(report: Report) -> Figure | None:
     """KL by position behind the exact prefix, mean over texts and STRIDE tokens, where the scored tokens are most."""
-    settings = by_setting(cases)
+    settings = by_setting(report.cases)
     longest = settings[max(settings, key=lambda setting: setting.scored)] if settings else []
     lines = {}
     for row in _measured(report):

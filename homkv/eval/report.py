@@ -36,7 +36,8 @@ class Report:
     """Everything about one model, best KL first; ``sizes speeds`` by format.
 
     ``summaries``: texts of the setting ``main``, of which there are most, and everything that is no text; ``others``:
-    KL by setting and format; ``choices``: over all settings; ``failed``: what a format could not hold.
+    KL by setting and format; ``choices``: over all settings; ``failed``: what a format could not hold;
+    ``cases``: what it was all computed from.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Report:
     speeds: Mapping[str, Speed]
     unresolved: tuple[tuple[str, str], ...]
     failed: tuple[str, ...]
+    cases: tuple[Case, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for a file."""
@@ -74,7 +76,8 @@ def by_preset(records: Sequence[Record]) -> list[Record]:
 
 def make_report(records: Sequence[Record]) -> Report:
     """Put the newest results together. Records of several models: the last one's."""
-    records, cases = by_preset(records), counted_cases(records)
+    records = by_preset(records)
+    cases = _counted(records)
     model = cases[-1].model if cases else ""
     settings = by_setting(cases)
     main = next(iter(settings), None)
@@ -92,12 +95,13 @@ def make_report(records: Sequence[Record]) -> Report:
         speeds={r.format: r for r in records if isinstance(r, Speed) and r.model == model},
         unresolved=tuple(unresolved(texts)),
         failed=tuple(f"{shown(c.format)} on {c.task} {c.item}: {c.error}" for c in cases if c.error),
+        cases=tuple(cases),
     )
 
 
-def counted_cases(records: Sequence[Record]) -> list[Case]:
+def _counted(records: Sequence[Record]) -> list[Case]:
     """The cases that a report counts: the last model's, and of several about one subject the last."""
-    cases = [r for r in by_preset(records) if isinstance(r, Case)]
+    cases = [r for r in records if isinstance(r, Case)]
     newest = {c.key: c for c in cases if c.model == cases[-1].model}
     return list({_subject(c): c for c in newest.values()}.values())
 

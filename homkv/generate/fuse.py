@@ -1,7 +1,7 @@
 """Fewer kernels per layer: RMS norms, RoPE and gated activations as one kernel each instead of transformers' twenty."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,9 @@ def fused_norms(model: nn.Module) -> Iterator[int]:
     A norm takes part if its class is called so and its output on random input is the fused kernel's up to rounding
     (it rounds once, transformers twice): formulas are compared, not trusted.
     """
-    changed = [module for module in model.modules() if _is_plain_norm(module)]
-    for module in changed:
-        module.forward = _fused(module)
-    try:
-        yield len(changed)
-    finally:
-        for module in changed:
-            del module.forward  # the class's own is seen again
+    norms = {module: _fused(module) for module in model.modules() if _is_plain_norm(module)}
+    with _replaced("forward", norms):
+        yield len(norms)
 
 
 @contextmanager
@@ -38,30 +33,32 @@ def fused_steps(model: nn.Module) -> Iterator[tuple[int, int, int]]:
     Gives the numbers of norms, of rotations and of MLPs that take part, by the same rule. A rotation is a function of
     the module that defines the model's architecture: inside the block other models of it call the kernel, too.
     """
-    if not runtime.runs_on(next(model.parameters()).device):
-        with fused_norms(model) as norms:
-            yield norms, 0, 0
-        return
-    from homkv.attention.triton.pointwise import gated, rope
+    rotations: dict[Any, Any] = {}
+    mlps: dict[Any, Any] = {}
+    if runtime.runs_on(next(model.parameters()).device):
+        from homkv.attention.triton.pointwise import gated, rope
 
-    def gated_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+        sources = {sys.modules[type(module).__module__] for module in model.modules()}
+        rotations = {source: rope for source in sources if _is_plain_rope(source, rope, model)}
+        mlps = {module: _gated(module, gated) for module in model.modules() if _is_gated_by_silu(module)}
+    with fused_norms(model) as norms, _replaced("apply_rotary_pos_emb", rotations), _replaced("forward", mlps):
+        yield norms, len(rotations), len(mlps)
 
-    sources: set[Any] = {sys.modules[type(module).__module__] for module in model.modules()}
-    rotating = {source: source.apply_rotary_pos_emb for source in sources if _is_plain_rope(source, rope, model)}
-    mlps = [module for module in model.modules() if _is_gated_by_silu(module)]
-    with fused_norms(model) as norms:
-        for source in rotating:
-            source.apply_rotary_pos_emb = rope
-        for module in mlps:
-            module.forward = gated_forward(module)
-        try:
-            yield norms, len(rotating), len(mlps)
-        finally:
-            for source, before in rotating.items():
-                source.apply_rotary_pos_emb = before
-            for module in mlps:
-                del module.forward
+
+@contextmanager
+def _replaced(name: str, changed: Mapping[Any, Any]) -> Iterator[None]:
+    """Objects with another attribute ``name`` inside the block."""
+    before = {owner: vars(owner)[name] for owner in changed if name in vars(owner)}
+    for owner, value in changed.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner in changed:
+            if owner in before:
+                setattr(owner, name, before[owner])
+            else:
+                delattr(owner, name)  # the class's own is seen again
 
 
 @torch.no_grad()
@@ -85,6 +82,10 @@ def _is_gated_by_silu(module: nn.Module) -> bool:
 
 def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found.float() - expected.float()).norm() <= TOLERANCE * expected.float().norm())
+
+
+def _gated(module: Any, gated: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda x: module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
 
 
 def _fused(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

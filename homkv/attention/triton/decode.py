@@ -34,10 +34,11 @@ def exact_memory(rows: int, head_dim: int, itemsize: int) -> int:
 
 def staging(rows: int, page_bytes: int, exact_bytes: int) -> tuple[int, int]:
     """Pages of a step, and how many steps' pages lie in shared memory at a time: two if they fit, else none."""
-    for pages in (2, 1) if rows <= 4 else (1,):
+    most = 2 if rows <= 4 else 1
+    for pages in range(most, 0, -1):
         if exact_bytes + 2 * pages * room(page_bytes) <= STATIC_SHARED:
             return pages, 2
-    return (2 if rows <= 4 else 1), 0
+    return most, 0
 
 
 def wave(rows: int, shared_bytes: int, device: torch.device) -> tuple[int, int | None]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.exact_tile import prefetch_tile, store_tiles
-from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal
+from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, NEVER, fast_log2, fast_reciprocal, prefetch_bytes
 from homkv.attention.triton.schedule import count_pages, count_tiles, find_split, of_sequence, split_range, tiles_before
 from homkv.attention.triton.staging import await_copies, copy_page, page_buffer, room
 from homkv.attention.triton.warp import (
@@ -23,7 +23,6 @@ from homkv.attention.triton.warp_page import (
     load_scales,
     load_values,
     page_scores,
-    prefetch_bytes,
     two_scales,
     value_step,
 )

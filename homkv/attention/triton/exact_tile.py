@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.lanes import NEVER, dot16
-from homkv.attention.triton.warp_page import prefetch_bytes
+from homkv.attention.triton.lanes import NEVER, dot16, prefetch_bytes
 
 
 @triton.jit

@@ -84,14 +84,26 @@ def dot16(a, b, acc):
 
 
 @triton.jit
-def prefetch(page, SIZE: tl.constexpr):
-    """Ask for SIZE bytes at ``page`` to be brought into the L2 cache, a line per thread."""
+def prefetch_lines(address):
+    """Ask for the lines at ``address [N] int64`` to be brought into the L2 cache."""
     if USE_PTX:
-        line = tl.minimum(tl.arange(0, triton.next_power_of_2((SIZE + 127) // 128)) * 128, SIZE - 1)
-        address = (page + line).to(tl.int64, bitcast=True)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def prefetch(page, SIZE: tl.constexpr):
+    """Ask for SIZE bytes at ``page`` to be brought into the L2 cache, a line per thread."""
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2((SIZE + 127) // 128)) * 128, SIZE - 1)
+    prefetch_lines((page + line).to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def prefetch_bytes(address, limit, SIZE: tl.constexpr):
+    """The same by one warp: SIZE bytes at ``address [32] int64``, of which ``limit`` exist."""
+    for i in tl.static_range((SIZE + 4095) // 4096):
+        prefetch_lines(address + tl.minimum(tl.arange(0, 32) * 128 + i * 4096, limit - 1))
 
 
 @triton.jit

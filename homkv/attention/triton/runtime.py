@@ -37,14 +37,19 @@ def require() -> None:
         )
 
 
+def device_type() -> str:
+    """Where the tensors of kernels lie, if these can run."""
+    return "cpu" if is_interpreting() else "cuda"
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether kernels can run on tensors of this device."""
-    return is_available() and device.type == ("cpu" if is_interpreting() else "cuda")
+    return is_available() and device.type == device_type()
 
 
 def check_device(device: torch.device) -> None:
     """Raise UnsupportedError unless kernels can run on tensors of this device."""
-    expected = "cpu" if is_interpreting() else "cuda"
+    expected = device_type()
     if device.type != expected:
         raise UnsupportedError(
             f"expected tensors on {expected!r} for impl='triton', found {device.type!r}; move them, or use impl='cpu'"

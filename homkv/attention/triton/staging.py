@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.lanes import USE_PTX
-from homkv.attention.triton.warp import load2, load4, load_short, vector_load
+from homkv.attention.triton.warp import load2, load4, load_short, short_load, vector_load
 
 AWAIT = tl.constexpr("cp.async.wait_all; bar.warp.sync -1; mov.b32 $0, $1;")
 
@@ -121,17 +121,11 @@ def row_place(offset):
     return offset ^ ((((offset >> 7) + (offset >> 9)) & 3) << 5)
 
 
-@triton.constexpr_function
-def short_asm(offset):
-    """16 bits of shared memory."""
-    return f"{{.reg .b16 t; ld.shared.b16 t, [$1 + {offset}]; cvt.u32.u16 $0, t;}}"
-
-
 @triton.jit
 def read_short(page, lane, OFFSET: tl.constexpr):
     """Two bytes as an int32 from byte ``lane + OFFSET`` on; ``lane < 16`` is even, OFFSET a multiple of 16."""
     if USE_PTX and len(page) == 2:
-        asm: tl.constexpr = short_asm(row_place(OFFSET))
+        asm: tl.constexpr = short_load("ld.shared", row_place(OFFSET))
         return tl.inline_asm_elementwise(asm, "=r,r", [page[1] + lane], dtype=tl.int32, is_pure=False, pack=1)
     else:
         return load_short(page[0] + lane, OFFSET)

@@ -8,7 +8,7 @@ second each. The interpreter has no PTX, so each piece has a plain form too.
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.lanes import USE_PTX
+from homkv.attention.triton.lanes import USE_PTX, prefetch_lines
 from homkv.attention.triton.warp import LOAD_32, across, load2, load4
 
 
@@ -174,13 +174,8 @@ def store_own(address, words, where, SIZE: tl.constexpr):
 @triton.jit
 def prefetch_row(address, lane, START: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr):
     """Ask for SIZE bytes, START behind ``address [N] int64``, to be brought into the L2 cache, a line per lane."""
-    if USE_PTX:
-        for i in tl.static_range((SIZE + 128 * LANES - 1) // (128 * LANES)):
-            line = tl.minimum((lane + i * LANES) * 128, SIZE - 1) + START
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address + line], dtype=tl.int32, is_pure=False,
-                pack=1,
-            )  # fmt: skip
+    for i in tl.static_range((SIZE + 128 * LANES - 1) // (128 * LANES)):
+        prefetch_lines(address + (tl.minimum((lane + i * LANES) * 128, SIZE - 1) + START))
 
 
 # -- lanes of a row ------------------------------------------------------------------------------------------------

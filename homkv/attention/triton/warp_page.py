@@ -17,8 +17,6 @@ from homkv.attention.triton.lanes import MAGIC, MAGIC_BITS, PLANE_2, PLANE_4, US
 from homkv.attention.triton.staging import read2, read4, read_short
 from homkv.attention.triton.warp import mma8, mma16
 
-PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
-
 
 @triton.constexpr_function
 def count_blocks(classes, count):
@@ -178,12 +176,3 @@ def value_step(x, w, acc, U: tl.constexpr, BITS: tl.constexpr):
                 a = a + (plane32(x[4 * ((2 * k + half) % (BITS // 2)) + U + u], (2 * k + half) // (BITS // 2), BITS),)
         acc = mma8(a, w[2 * k], w[2 * k + 1], acc, True)
     return acc
-
-
-@triton.jit
-def prefetch_bytes(address, limit, SIZE: tl.constexpr):
-    """Ask for SIZE bytes, of which ``limit`` exist, to be brought into the L2 cache, a line per lane."""
-    if USE_PTX:
-        for i in tl.static_range((SIZE + 4095) // 4096):
-            line = address + tl.minimum(tl.arange(0, 32) * 128 + i * 4096, limit - 1)
-            tl.inline_asm_elementwise(PREFETCH, "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)

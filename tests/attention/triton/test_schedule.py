@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from homkv.attention.triton.runtime import is_interpreting
+from homkv.attention.triton.runtime import device_type
 from homkv.attention.triton.schedule import split_range, tiles_before
 
 
@@ -21,7 +21,7 @@ def share_kernel(Out, tiles, units, count):
 
 def shares(tiles: int, pages: int, count: int) -> list[tuple[range, range]]:
     """Tiles and units of pages of every split."""
-    out = torch.empty(count, 4, dtype=torch.int32, device="cpu" if is_interpreting() else "cuda")
+    out = torch.empty(count, 4, dtype=torch.int32, device=device_type())
     share_kernel[(count,)](out, tiles, tiles + pages, count)
     return [(range(c, d), range(a - c, b - d)) for a, b, c, d in out.tolist()]
 

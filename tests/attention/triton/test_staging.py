@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from homkv.attention.triton.decode import classes
-from homkv.attention.triton.runtime import is_interpreting
+from homkv.attention.triton.runtime import device_type
 from homkv.attention.triton.staging import (
     await_copies,
     copy_page,
@@ -38,8 +38,7 @@ def place_kernel(Out, SIZE: tl.constexpr):
 @functools.cache
 def places(size: int) -> np.ndarray:
     """Where each piece of 16 bytes lies."""
-    device = "cpu" if is_interpreting() else "cuda"
-    out = torch.empty((size + 511) // 512 * 32, dtype=torch.int32, device=device)
+    out = torch.empty((size + 511) // 512 * 32, dtype=torch.int32, device=device_type())
     place_kernel[(1,)](out, SIZE=size)
     return out.cpu().numpy()[: size // 16]
 
