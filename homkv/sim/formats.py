@@ -6,9 +6,12 @@ Names are those of ``--kv-cache-dtype`` where homkv has the format; the others a
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from homkv.errors import FormatError
 from homkv.spec import MIN_WINDOW, NUM_SINKS, PAGE_TOKENS, PRESETS, RowsSpec
+
+Prefill = Literal["exact", "int8", "faster"]
 
 CORRECTION_SHARE = 250 / 800  # of HACK's instructions per token at Pi 64: corrections and softmax (SASS)
 WITHOUT_SUMS = {"hack": 172 / 194.6, "hack-2026": 163 / 218.5}  # of the time: docs/log.md, 2026-11-26, H100
@@ -29,8 +32,8 @@ class KvFormat:
     ``unfused``: every step first restores all KV to 16 bits in memory, then attends to that. ``wire_ratio``: wire bytes
     over stored bytes, for entropy coding.
     ``packs``: prefill quantizes. ``requantizes``: the open block is quantized again at every step.
-    ``int8_prefill``: prefill attention runs on 8-bit codes where the GPU multiplies them, and exactly where that is
-    faster, unless the format ``insists_on_int8_prefill``.
+    ``prefill``: attention of the prompt is exact, or on 8-bit codes where the GPU multiplies them ("int8"), or that
+    only where it is the faster of the two ("faster").
     """
 
     name: str
@@ -44,8 +47,7 @@ class KvFormat:
     wire_ratio: float = 1.0
     packs: bool = True
     requantizes: bool = False
-    int8_prefill: bool = False
-    insists_on_int8_prefill: bool = False
+    prefill: Prefill = "exact"
 
     def stored_bytes(self, tokens: int) -> float:
         """Bytes of one kv head of one layer, everything counted."""
@@ -101,11 +103,11 @@ def _rival(name: str, head_dim: int) -> KvFormat:
 def _hack(name: str, base: str, options: str, head_dim: int) -> KvFormat:
     """Page bytes as docs/hack.md has them: codes, scales and minima, code sums."""
     values = {"pi": 64, "se": 1, "rqe": 1}
-    int8_prefill, insists = base == "hack", False  # as published
+    prefill: Prefill = "faster" if base == "hack" else "exact"
     for option in filter(None, options.split(",")):
         key, _, text = option.partition("=")
         if base == "hack" and key == "prefill" and text in ("exact", "int8"):
-            int8_prefill = insists = text == "int8"
+            prefill = "int8" if text == "int8" else "exact"
             continue
         allowed = {"pi": ("32", "64", "128"), "se": ("0", "1"), "rqe": ("0", "1") if base == "hack" else ("1",)}
         if text not in allowed.get(key, ()):
@@ -129,8 +131,7 @@ def _hack(name: str, base: str, options: str, head_dim: int) -> KvFormat:
         kernel=base,
         kernel_factor=factor,
         requantizes=not values["rqe"],
-        int8_prefill=int8_prefill,
-        insists_on_int8_prefill=insists,
+        prefill=prefill,
     )
 
 

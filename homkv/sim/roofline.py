@@ -76,10 +76,10 @@ class RooflineCosts:
     def _flash(self) -> float:
         """Of peak. On Hopper exact attention (cuDNN) is faster than HACK's, which runs only where a format insists."""
         gpu, kv = self.prefill_gpu, self.kv
-        if gpu.int8_tops is None or not kv.int8_prefill:
+        if gpu.int8_tops is None or kv.prefill == "exact":
             return gpu.flash
         if gpu.source["flash"] == "measured":
-            return HACK_FLASH if kv.insists_on_int8_prefill else gpu.flash
+            return HACK_FLASH if kv.prefill == "int8" else gpu.flash
         return gpu.flash * HACK_PREFILL
 
     def _all_reduces(self, gpu: Gpu, tensor: int, tokens: int) -> float:

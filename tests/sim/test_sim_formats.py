@@ -60,8 +60,8 @@ def test_head_dims_that_pages_do_not_cover_are_refused() -> None:
 
 
 def test_hack_computes_prompts_as_published_unless_it_says_exact() -> None:
-    found = {name: make_format(name, 128).int8_prefill for name in ("hack", "hack:prefill=int8", "hack:prefill=exact")}
-    assert found == {"hack": True, "hack:prefill=int8": True, "hack:prefill=exact": False}
+    found = {name: make_format(name, 128).prefill for name in ("hack", "hack:prefill=int8", "hack:prefill=exact")}
+    assert found == {"hack": "faster", "hack:prefill=int8": "int8", "hack:prefill=exact": "exact"}
 
 
 def test_only_hack_that_says_int8_computes_prompts_on_codes_where_that_is_slower() -> None:

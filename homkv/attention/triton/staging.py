@@ -3,7 +3,7 @@
 Copies (``cp.async``) pass the registers by, so that pages may be as long on their way as a step takes, and reads of
 shared memory are short. A copy is 16 bytes per lane, in a row, of which eight fill the 32 banks once; a fragment is
 eight lanes along a row of four rows at a time, which would meet in the same banks. So bits 5 and 6 of a byte's place
-are exchanged by its row (:func:`place`): four rows of 64, 128 or 512 bytes then differ in them.
+are exchanged by its row (:func:`exchange`): four rows of 64, 128 or 512 bytes then differ in them.
 
 A page is a tuple of ``[32]`` tensors: ``(address,)`` in global memory, or, if it is staged, ``(address, slot)`` with
 its buffer's address in shared memory. The interpreter reads all pages from global memory.
@@ -16,6 +16,15 @@ from homkv.attention.triton.lanes import USE_PTX
 from homkv.attention.triton.warp import load2, load4, load_short, short_load, vector_load
 
 AWAIT = tl.constexpr("cp.async.wait_all; bar.warp.sync -1; mov.b32 $0, $1;")
+
+
+def _exchange(at):
+    """Exchange bits 5 and 6 of a byte's place in a page by its row."""
+    return at ^ ((((at >> 7) + (at >> 9)) & 3) << 5)
+
+
+exchange = triton.jit(_exchange)  # of registers
+exchange_constant = triton.constexpr_function(_exchange)
 
 
 @triton.constexpr_function
@@ -59,8 +68,7 @@ def page_buffer(SIZE: tl.constexpr):
 @triton.jit
 def place(lane, OFFSET: tl.constexpr):
     """Where byte ``lane + OFFSET`` of a page lies in its buffer, less the offset's whole periods."""
-    at = lane + (OFFSET - whole_periods(OFFSET))
-    return at ^ ((((at >> 7) + (at >> 9)) & 3) << 5)
+    return exchange(lane + (OFFSET - whole_periods(OFFSET)))
 
 
 @triton.jit
@@ -115,17 +123,11 @@ def read4(page, lane, OFFSET: tl.constexpr):
         return load4(page[0] + lane, OFFSET)
 
 
-@triton.constexpr_function
-def row_place(offset):
-    """``place`` of a constant multiple of 16, whole."""
-    return offset ^ ((((offset >> 7) + (offset >> 9)) & 3) << 5)
-
-
 @triton.jit
 def read_short(page, lane, OFFSET: tl.constexpr):
     """Two bytes as an int32 from byte ``lane + OFFSET`` on; ``lane < 16`` is even, OFFSET a multiple of 16."""
     if USE_PTX and len(page) == 2:
-        asm: tl.constexpr = short_load("ld.shared", row_place(OFFSET))
+        asm: tl.constexpr = short_load("ld.shared", exchange_constant(OFFSET))
         return tl.inline_asm_elementwise(asm, "=r,r", [page[1] + lane], dtype=tl.int32, is_pure=False, pack=1)
     else:
         return load_short(page[0] + lane, OFFSET)
