@@ -1,17 +1,15 @@
 """homkv inside transformers: same tokens as the plain model, every padding, every way to generate."""
 
-import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from hf_cases import attached, generate, kv, padded, prompts
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from homkv.errors import CapacityError, FormatError, HomkvError, UnsupportedError
-from homkv.hf import Attachment, KVCache, attach
+from homkv.hf import KVCache, attach
 from homkv.models.forward import returned_cache
 from homkv.testing.compare import assert_relative
 
@@ -40,31 +38,6 @@ models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-
-
-def kv(cache: object) -> dict[str, object]:
-    return {CACHE: cache}
-
-
-def prompts(*shape: int) -> Tensor:
-    return torch.randint(2, 97, shape)
-
-
-def generate(model: PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
-    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)} | options
-    return model.generate(ids, **options)
-
-
-@contextmanager
-def attached(model: PreTrainedModel, name: str = "fp16", **options: object) -> Iterator[Attachment]:
-    """Like attach(), and checks the books of the last cache at the end."""
-    with attach(model, name, impl="reference", **options) as attachment:
-        yield attachment
-    if attachment.last_cache is not None and attachment.last_cache.seq_ids:
-        attachment.last_cache.paged.check()
 
 
 # -- generation ----------------------------------------------------------------------------------------------------
@@ -120,16 +93,6 @@ def test_generate_can_prefill_in_chunks() -> None:
     model, ids = llama(), prompts(1, 150)
     with attached(model):
         assert torch.equal(generate(model, ids, prefill_chunk_size=40), generate(model, ids))
-
-
-def padded(ids: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    width = max(map(len, ids))
-    rows, masks = [], []
-    for row in ids:
-        pad, one = torch.zeros(width - len(row), dtype=torch.long), torch.ones(len(row), dtype=torch.long)
-        rows.append(torch.cat((pad, row) if side == "left" else (row, pad)))
-        masks.append(torch.cat((pad, one) if side == "left" else (one, pad)))
-    return torch.stack(rows), torch.stack(masks)
 
 
 @models

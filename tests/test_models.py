@@ -160,8 +160,9 @@ UNSUPPORTED = {
     "bloom": {},
     "deepseek_v3": {},
     "falcon": {"alibi": True},
-    "gemma3_text": {},
     "gemma2": {"layer_types": ["full_attention"] * 26},  # caps its scores
+    "gemma4_text": {},
+    "gpt_oss": {},
     "jamba": {},
     "mamba": {},
     "mistral": {"sliding_window": 4096, "max_position_embeddings": 32768},
@@ -175,7 +176,10 @@ def test_other_attentions_are_refused(model_type: str) -> None:
         refuse_unsupported(AutoConfig.for_model(model_type, **UNSUPPORTED[model_type]), model_type)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "cohere", "gpt2", "gpt_neox", "glm4", "olmo2"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "qwen2", "qwen3", "cohere", "gpt2", "gpt_neox", "glm4", "olmo2", "gemma3_text", "cohere2", "olmo3"],
+)
 def test_full_attention_is_accepted(model_type: str) -> None:
     refuse_unsupported(AutoConfig.for_model(model_type), model_type)
 

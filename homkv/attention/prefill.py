@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+ROWS = 512  # queries of a sliding window that are computed at once: their scores are [ROWS, ROWS + window]
+
 
 def causal(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
     """Causal attention ``q [B, H, T, D]``, ``k v [B, G, T, D]`` to ``[B, H, T, D]``, by torch's fused SDPA."""
@@ -21,3 +23,30 @@ def causal_partial(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tup
     scores = scores.masked_fill(future, -torch.inf)
     o = torch.softmax(scores, -1) @ v.float().unsqueeze(2)
     return o.reshape(b, h, t, d), torch.logsumexp(scores, -1).reshape(b, h, t)
+
+
+def causal_window(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window: int, real: Tensor | None = None
+) -> Tensor:
+    """Causal attention to the newest ``window`` tokens, oneself included.
+
+    ``q [B, H, T, D]``: of the newest T of the S tokens of ``k v [B, G, S, D]``; ``real [B, S]``: which tokens are no
+    padding, None for all. Returns ``[B, H, T, D]``.
+    """
+    (groups, size), num_new = k.shape[1:3], q.shape[2]
+    parts = []
+    for start in range(0, num_new, ROWS):
+        stop = min(start + ROWS, num_new)
+        first, last = max(size - num_new + start - window + 1, 0), size - num_new + stop
+        rows = torch.arange(size - num_new + start, last, device=q.device).unsqueeze(1)
+        columns = torch.arange(first, last, device=q.device)
+        mask = (columns <= rows) & (columns > rows - window)
+        if real is not None:  # padding sees itself, so that no row of scores is empty
+            mask = mask & real[:, None, None, first:last].bool() | (columns == rows)
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], attn_mask=mask, scale=softmax_scale,
+                enable_gqa=q.shape[1] != groups,
+            )
+        )  # fmt: skip
+    return torch.cat(parts, 2)

@@ -16,9 +16,10 @@ from homkv.models.forward import forward_with_cache
 class Covariances(AttendingCache):
     """Exact attention of whole texts that adds up second moments per layer and kv head, in float64."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
-        super().__init__(num_layers, None)
-        shape = (num_layers, num_kv_heads, head_dim)
+    def __init__(self, loaded: LoadedModel) -> None:
+        num_layers, head_dim = loaded.num_layers, loaded.head_dim
+        super().__init__(num_layers, None, loaded.windows)
+        shape = (num_layers, loaded.num_kv_heads, head_dim)
         self.num_keys = torch.zeros(num_layers, dtype=torch.float64)
         self.num_queries = torch.zeros(num_layers, dtype=torch.float64)
         self.key_sum = torch.zeros(shape, dtype=torch.float64)
@@ -48,7 +49,7 @@ class Covariances(AttendingCache):
 @torch.no_grad()
 def calibrate(loaded: LoadedModel, texts: Iterable[list[int]]) -> BasisTables:
     """Tables of a model from token ids of a few texts, each at least 6 tokens and at most its context."""
-    moments = Covariances(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim)
+    moments = Covariances(loaded)
     before = switch_attention(loaded.model)
     try:
         for ids in texts:

@@ -5,7 +5,7 @@ layer are kept. Or the model writes the tail itself, greedily.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +39,22 @@ class TailLayer:
 class ExactRun:
     """The unquantized model on ``ids [T]``.
 
-    ``keys values``: of the prefix, per layer ``[G, prefix, D]``; ``logits [T - prefix, V]``: row i predicts token
-    ``prefix + i + 1``; ``tail``: per layer, empty if it was not recorded.
+    ``keys values``: of the prefix, per layer of full attention ``[G, prefix, D]``; ``sliding``: both of every other
+    layer; ``logits [T - prefix, V]``: row i predicts token ``prefix + i + 1``; ``tail``: per layer of full attention,
+    empty if it was not recorded.
     """
 
     ids: Tensor
     prefix: int
     keys: list[Tensor]
     values: list[Tensor]
+    sliding: list[tuple[Tensor, Tensor]]
     logits: Tensor
     tail: list[TailLayer]
 
 
 class _Recorder:
-    """SDPA that keeps what went in and out, one entry per layer."""
+    """SDPA that keeps what went in and out, one entry per layer of full attention."""
 
     def __init__(self) -> None:
         self.layers: list[TailLayer] = []
@@ -61,6 +63,8 @@ class _Recorder:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         o, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if kwargs.get("sliding_window") is not None:
+            return o, None
         count, scale = query.shape[2], kwargs.get("scaling") or query.shape[3] ** -0.5
         k, v = key[0, :, -count:].clone(), value[0, :, -count:].clone()
         self.layers.append(TailLayer(scale, query[0].clone(), k, v, o[0].transpose(0, 1).clone()))
@@ -94,13 +98,14 @@ def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int, *, record: bool = F
     """Compute ``ids [T]`` exactly: the prefix, then the rest in one pass. Raises as :func:`check_lengths`."""
     check_lengths(loaded, prefix, len(ids))
     ids = ids.to(loaded.model.device)
-    cache, keys, values = _prefill(loaded, ids[:prefix])
-    if not record:
+    cache = _prefill(loaded, ids[:prefix])
+    held = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # which later tokens leave alone
+    keys, values = zip(*(kv for kv, window in zip(held, loaded.windows, strict=True) if window is None), strict=True)
+    sliding = [kv for kv, window in zip(held, loaded.windows, strict=True) if window is not None]
+    recording: AbstractContextManager[list[TailLayer]] = _recording(loaded.model) if record else nullcontext([])
+    with recording as tail:
         logits = forward_with_cache(loaded.model, ids[None, prefix:], cache).logits[0]
-        return ExactRun(ids, prefix, keys, values, logits.float(), [])
-    with _recording(loaded.model) as tail:
-        logits = forward_with_cache(loaded.model, ids[None, prefix:], cache).logits[0]
-    return ExactRun(ids, prefix, keys, values, logits.float(), tail)
+    return ExactRun(ids, prefix, list(keys), list(values), sliding, logits.float(), tail)
 
 
 @torch.no_grad()
@@ -108,7 +113,7 @@ def continue_greedily(loaded: LoadedModel, ids: Tensor, count: int) -> Tensor:
     """The ``count`` tokens that the exact model writes behind each row of ``ids [B, T]``, greedily; stops at none."""
     check_lengths(loaded, ids.shape[1] - 1, ids.shape[1] - 1 + count)
     ids = ids.to(loaded.model.device)
-    caches = [_prefill(loaded, row[:-1])[0] for row in ids]
+    caches = [_prefill(loaded, row[:-1]) for row in ids]
     cache = caches[0] if len(caches) == 1 else joined_caches(caches)
     tokens = [ids[:, -1:]]
     for _ in range(count):
@@ -124,9 +129,9 @@ def joined_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
     return joined
 
 
-def _prefill(loaded: LoadedModel, ids: Tensor) -> tuple[DynamicCache, list[Tensor], list[Tensor]]:
-    """The cache behind ``ids [T]`` and its keys and values, which later tokens leave alone."""
+def _prefill(loaded: LoadedModel, ids: Tensor) -> DynamicCache:
+    """The cache behind ``ids [T]``, with all tokens in every layer: sliding windows are left to the mask."""
     cache = DynamicCache()
     for chunk in ids.split(CHUNK):
         cache = returned_cache(forward_with_cache(loaded.model, chunk[None], cache, logits_to_keep=1))
-    return cache, [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
+    return cache

@@ -1,5 +1,6 @@
 """Plots of a report: bits against KL, KL over the position behind the prompt, attention error per layer and head."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ def save_plots(report: Report, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"pareto": pareto(report), "drift": drift(report), "heads": heads(report)}
     names = []
+    model = re.sub(r"[^\w.-]+", "-", report.model).strip("-.")  # a hub name or a folder has slashes
     for kind, figure in figures.items():
         if figure is None:
             continue
         for end in FILES:
-            figure.savefig(folder / f"eval-{report.model}-{kind}.{end}", dpi=130)
-        names.append(f"eval-{report.model}-{kind}.png")
+            figure.savefig(folder / f"eval-{model}-{kind}.{end}", dpi=130)
+        names.append(f"eval-{model}-{kind}.png")
     return names
 
 

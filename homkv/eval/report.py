@@ -37,7 +37,7 @@ class Report:
 
     ``summaries``: texts of the setting ``main``, of which there are most, and everything that is no text; ``others``:
     KL by setting and format; ``choices``: over all settings; ``failed``: what a format could not hold;
-    ``cases``: what it was all computed from.
+    ``windows``: of the model's layers, as its last run has them; ``cases``: what it was all computed from.
     """
 
     model: str
@@ -49,6 +49,7 @@ class Report:
     speeds: Mapping[str, Speed]
     unresolved: tuple[tuple[str, str], ...]
     failed: tuple[str, ...]
+    windows: tuple[int | None, ...]
     cases: tuple[Case, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class Report:
             "speeds": {name: to_builtins(speed) for name, speed in self.speeds.items()},
             "unresolved": [list(pair) for pair in self.unresolved],
             "failed": list(self.failed),
+            "windows": list(self.windows),
         }
 
 
@@ -95,6 +97,7 @@ def make_report(records: Sequence[Record]) -> Report:
         speeds={r.format: r for r in records if isinstance(r, Speed) and r.model == model},
         unresolved=tuple(unresolved(texts)),
         failed=tuple(f"{shown(c.format)} on {c.task} {c.item}: {c.error}" for c in cases if c.error),
+        windows=next((r.windows for r in reversed(records) if isinstance(r, Run) and r.model == model), ()),
         cases=tuple(cases),
     )
 
@@ -249,6 +252,12 @@ def notes(report: Report) -> list[str]:
         for s in report.summaries
         if s.longer_than_bf16 is not None and not resolved(s.longer_than_bf16) and s.format != EXACT
     ]
+    if sliding := sorted({w for w in report.windows if w is not None}):
+        count, sizes = len(report.windows) - report.windows.count(None), ", ".join(f"{w:,}" for w in sliding)
+        found.append(
+            f"{count} of {len(report.windows)} layers attend to a sliding window of {sizes} tokens: they stay exact "
+            "under every format, and bits count the other layers only"
+        )
     if blank := max((s.num_blank for s in report.summaries), default=0):
         found.append(f"the exact model completes {blank} problems with nothing: edit similarity leaves them out")
     if fewer:

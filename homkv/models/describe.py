@@ -1,7 +1,7 @@
 """What homkv needs to know of a model, measured on the model where it can be: heads, RoPE, fingerprint."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,36 @@ FINGERPRINT_BYTES = 64 * 1024  # of each tensor: enough to tell models apart, qu
 # Said by the file or the loader, not by the model.
 NOISE = {"architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "use_cache"}
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Kinds of attention that a config names, layer by layer; without names all layers are of one kind."""
+    if types := getattr(config, "layer_types", None):
+        return tuple(types)
+    window = getattr(config, "sliding_window", None) or 1 << 62
+    kind = SLIDING if window < getattr(config, "max_position_embeddings", 0) else FULL
+    return (kind,) * int(getattr(config, "num_hidden_layers", 1))
+
+
+def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Sliding window of each layer in tokens; None for layers that attend to all tokens, whose KV becomes pages."""
+    return tuple(int(config.sliding_window) if kind == SLIDING else None for kind in _layer_types(config))
+
+
 # What attention on pages does not compute. All of it is named in the config.
 UNSUPPORTED: dict[str, Callable[[PreTrainedConfig], bool]] = {
+    "layers of different shapes": lambda c: bool(getattr(c, "is_heterogeneous", False)),
     "an encoder and a decoder": lambda c: bool(c.is_encoder_decoder),
     "multi-head latent attention": lambda c: bool(getattr(c, "kv_lora_rank", None)),
     "state-space or recurrent layers": lambda c: any(
         hasattr(c, key) for key in ("state_size", "layers_block_type", "hybrid_override_pattern", "block_types")
     ),
-    "layers other than full attention": lambda c: bool(set(getattr(c, "layer_types", None) or ()) - {"full_attention"}),
-    "sliding-window attention": lambda c: (
-        not getattr(c, "layer_types", None)
-        and (getattr(c, "sliding_window", None) or 1 << 62) < getattr(c, "max_position_embeddings", 0)
-    ),
+    "layers that attend neither fully nor in a sliding window": lambda c: bool(set(_layer_types(c)) - {FULL, SLIDING}),
+    "sliding-window attention in every layer": lambda c: set(_layer_types(c)) == {SLIDING},
+    "layers that share keys and values": lambda c: bool(getattr(c, "num_kv_shared_layers", None)),
+    "attention in both directions": lambda c: bool(getattr(c, "use_bidirectional_attention", None)),
+    "attention sinks of its own": lambda c: c.model_type in {"gpt_oss"},
     "soft-capped attention scores": lambda c: bool(getattr(c, "attn_logit_softcapping", None)),
     "layers without RoPE between layers with it": lambda c: 0 in (getattr(c, "no_rope_layers", None) or ()),
     "ALiBi": lambda c: c.model_type in {"bloom", "mpt"} or bool(getattr(c, "alibi", False)),
@@ -43,24 +61,42 @@ def refuse_unsupported(config: PreTrainedConfig, name: str) -> None:
     for what, found in UNSUPPORTED.items():
         if found(config):
             raise UnsupportedError(
-                f"expected a decoder with full attention in every layer, found {what} in {name} ({config.model_type}); "
-                "use a model like Llama, Qwen2 or Qwen3"
+                f"expected a decoder with full attention, found {what} in {name} ({config.model_type}); use a model "
+                "like Llama, Qwen3 or Gemma 3"
             )
+
+
+def refuse_windows(windows: Sequence[int | None], name: str, what: str) -> None:
+    """Raise UnsupportedError if layers have a sliding window: ``what`` knows pages only."""
+    if sliding := len(windows) - windows.count(None):
+        raise UnsupportedError(
+            f"expected a model with full attention in every layer for {what}, found a sliding window in {sliding} of "
+            f"{len(windows)} layers of {name}; homkv.attach and `homkv eval` keep such layers exact"
+        )
 
 
 @torch.no_grad()
 def probe_cache(model: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[G, 2, D]`` of layer 0 for one token twice: equal but for what the position does to them."""
+    """Keys and values ``[G, 2, D]`` for one token twice: equal but for what the position does to them.
+
+    Of the first layer with full attention: both tokens meet equal values everywhere, so it sees them alike as well.
+    """
+    first = layer_windows(model.config.get_text_config()).index(None)
     token = int(model.config.get_text_config().vocab_size) // 2  # any but padding, whose keys may be zero
     ids = torch.full((1, 2), token, device=model.device)
     layers = getattr(returned_cache(model.base_model(input_ids=ids, use_cache=True)), "layers", None)
-    if not layers or getattr(layers[0], "keys", None) is None:
-        raise UnsupportedError(f"expected a model with a KV cache, {name} keeps none; use a model like Llama or Qwen2")
-    return layers[0].keys[0], layers[0].values[0]
+    held = [getattr(layers[first], x, None) for x in ("keys", "values")] if layers else []
+    kv = [x[0] for x in held if isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == ids.shape[1]]
+    if len(kv) != 2:
+        raise UnsupportedError(
+            f"expected a model with a KV cache of one key and one value per token and head, {name} keeps none; use a "
+            "model like Llama or Qwen3"
+        )
+    return kv[0], kv[1]
 
 
 def measure_rope(model: PreTrainedModel, keys: Tensor) -> RopeSpec:
-    """Return the RoPE of a model: its own frequencies, and the pairing that its keys obey.
+    """Return the RoPE of a model's full attention: its own frequencies, and the pairing that its keys obey.
 
     Args:
         model: any decoder of transformers.
@@ -74,6 +110,8 @@ def measure_rope(model: PreTrainedModel, keys: Tensor) -> RopeSpec:
     specs = [_spec(model, config, head_dim, pairing) for pairing in _with_other(declared)]
     if specs[0].pairing == "none":
         return specs[0]
+    if float((keys[:, 1] - keys[:, 0]).norm()) < 1e-3 * float(keys[:, 0].norm()):
+        return no_rope(head_dim)  # only its sliding windows have positions
     errors = [rotation_error(keys, spec) for spec in specs]
     best = min(range(len(specs)), key=errors.__getitem__)
     if errors[best] > 0.5:  # a wrong pairing misses by about 1, rounding to bfloat16 by about 0.01
@@ -91,7 +129,7 @@ def _with_other(pairing: Pairing) -> tuple[Pairing, Pairing]:
 def _spec(model: nn.Module, config: PreTrainedConfig, head_dim: int, pairing: Pairing) -> RopeSpec:
     """The frequencies that the model computes with; those of the config only where it keeps none."""
     for module in model.modules():
-        inv_freq = getattr(module, "inv_freq", None)
+        inv_freq = getattr(module, f"{FULL}_inv_freq", getattr(module, "inv_freq", None))
         if isinstance(inv_freq, Tensor):
             return RopeSpec(head_dim, 2 * inv_freq.numel(), pairing, tuple(inv_freq.double().tolist()))
     spec = rope_from_config(config.to_dict(), head_dim, pairing=pairing)

@@ -14,6 +14,7 @@ from homkv.formats.meter import OVERHEAD
 from homkv.formats.per_layer import require_model
 from homkv.hf import KVCache
 from homkv.models import LoadedModel
+from homkv.models.describe import refuse_windows
 from homkv.models.forward import last_logits
 from homkv.rope import RopeSpec
 from homkv.seal import LayerContent
@@ -239,7 +240,11 @@ class PagedEngine(Engine):
 
 
 def codec_for(loaded: LoadedModel, kv_cache_dtype: str) -> PageCodec:
-    """Bind a format to a loaded model. Raises as serving_codec does, and FormatError for another model's plan."""
+    """Bind a format to a loaded model.
+
+    Raises as serving_codec does, FormatError for another model's plan, and UnsupportedError for sliding windows.
+    """
+    refuse_windows(loaded.windows, loaded.name, "serving")
     codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
     require_model(codec, lambda: loaded.fingerprint, loaded.num_layers)
     return codec

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from homkv.attention.prefill import causal, causal_partial
+from homkv.attention.prefill import ROWS, causal, causal_partial, causal_window
 from homkv.testing.cases import GROUPS
 from homkv.testing.compare import assert_relative
 
@@ -40,3 +40,25 @@ def test_dtypes_of_models_are_kept(dtype: torch.dtype) -> None:
     assert o.dtype == dtype
     assert_relative(o, expected, 4 * torch.finfo(dtype).eps)
     assert causal_partial(q, k, v, 0.125)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("size", "num_new"), [(40, 40), (40, 3), (40, 1), (5, 5), (ROWS + 70, ROWS + 20)])
+@pytest.mark.parametrize("window", [1, 7, 64])
+def test_a_sliding_window_hides_what_is_older(size: int, num_new: int, window: int) -> None:
+    q = torch.randn(2, 6, num_new, 16)
+    k, v = torch.randn(2, 2, size, 16), torch.randn(2, 2, size, 16)
+    age = torch.arange(size - num_new, size).unsqueeze(1) - torch.arange(size)
+    scores = q.unflatten(1, (2, 3)).double() @ k.double().unsqueeze(2).mT * 0.3
+    scores = scores.masked_fill((age < 0) | (age >= window), -torch.inf)
+    expected = (torch.softmax(scores, -1) @ v.double().unsqueeze(2)).flatten(1, 2)
+    assert_relative(causal_window(q, k, v, 0.3, window), expected, 1e-6)
+
+
+def test_a_sliding_window_hides_padding() -> None:
+    q, k, v = torch.randn(2, 6, 20, 16), torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16)
+    real = torch.ones(2, 30)
+    real[1, :14] = 0
+    found = causal_window(q, k, v, 0.3, 8, real)
+    assert torch.isfinite(found).all()
+    assert_relative(found[0], causal_window(q, k, v, 0.3, 8)[0], 1e-6)
+    assert_relative(found[1, :, 4:], causal_window(q[1:, :, 4:], k[1:, :, 14:], v[1:, :, 14:], 0.3, 8)[0], 1e-6)

@@ -56,6 +56,11 @@ def test_float32_takes_larger_blocks(
     [
         ({"model_type": "deepseek_v2", "kv_lora_rank": 512}, [], "multi-head latent attention"),
         ({"model_type": "mistral", "sliding_window": 1024}, [], "sliding-window attention"),
+        (
+            {"model_type": "ministral", "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+            [],
+            "for vLLM, found a sliding window in 1 of 2 layers",
+        ),
         ({"head_dim": 72}, [], "expected head_dim in"),
         ({}, ["--dtype", "int8"], "expected --dtype"),
         ({}, ["--kv-cache-dtype", "hack"], "expected a rows format"),

@@ -27,11 +27,16 @@ def sharp_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of 200 words."""
+    found = Tokenizer(WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
+    found.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=found)
+
+
 def tiny() -> LoadedModel:
-    """That model with a tokenizer of 200 words."""
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(200)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    return describe_model(sharp_llama(), PreTrainedTokenizerFast(tokenizer_object=words), "tiny")
+    """The sharp model with that tokenizer."""
+    return describe_model(sharp_llama(), words(), "tiny")
 
 
 def ids(count: int, seed: int = 1) -> torch.Tensor:

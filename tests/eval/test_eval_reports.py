@@ -8,7 +8,9 @@ import pytest
 
 from homkv import cli
 from homkv.eval.jsonl import append_jsonl
+from homkv.eval.plots import save_plots
 from homkv.eval.record import Case, read_records
+from homkv.eval.report import make_report
 
 
 def case(name: str, item: str, kl: float) -> Case:
@@ -33,3 +35,12 @@ def test_records_of_several_machines_make_one_report(
     assert "| b | 0.3000 |" in written
     assert " ".join(files) in written  # how to make the page again
     assert [len(read_records(file)) for file in (first, second)] == [3, 2]
+
+
+@pytest.mark.parametrize("model", ["org/name-1.5B", "/folder/of a model/"])
+def test_plots_lie_beside_the_page_whatever_the_models_name(model: str, tmp_path: Path) -> None:
+    report = make_report([msgspec.structs.replace(case("small", f"{i}", 0.1), model=model) for i in range(3)])
+    found = save_plots(report, tmp_path / "docs")
+    assert found
+    assert sorted(p.name for p in tmp_path.rglob("*.png")) == sorted(found)
+    assert all((tmp_path / "docs" / name).is_file() for name in found)
