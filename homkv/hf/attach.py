@@ -86,14 +86,15 @@ def attach(
     Raises FormatError for an unknown format, UnsupportedError for a head_dim, an attention or a placement not covered.
     """
     codec, settings = measure(model, kv_cache_dtype, exact_dtype)
-    context = model.config.get_text_config().max_position_embeddings
-    return Attachment(model, codec, settings | {"max_tokens": max_tokens or context, "impl": impl})
+    config = model.config.get_text_config()
+    settings |= {"windows": layer_windows(config), "max_tokens": max_tokens or config.max_position_embeddings}
+    return Attachment(model, codec, settings | {"impl": impl})
 
 
 def measure(
     model: PreTrainedModel, kv_cache_dtype: str, exact_dtype: torch.dtype | None = None
 ) -> tuple[PageCodec, dict[str, Any]]:
-    """Bind a format to a model: the codec, and the arguments of KVCache that the model decides. See attach()."""
+    """Bind a format to a model: the codec, and the arguments of PagedCache that the model decides. See attach()."""
     config = model.config.get_text_config()
     name = str(model.config.name_or_path or config.model_type)
     refuse_unsupported(config, name)
@@ -102,13 +103,12 @@ def measure(
         raise UnsupportedError(f"expected a model on one device, found {name} on {', '.join(sorted(devices))}; move it")
     keys, _ = probe_cache(model, name)
     codec = make_codec(spelled(kv_cache_dtype), keys.shape[-1], measure_rope(model, keys))
-    windows = layer_windows(config)
-    require_model(codec, lambda: fingerprint(model), windows.count(None))
+    num_layers = layer_windows(config).count(None)
+    require_model(codec, lambda: fingerprint(model), num_layers)
     if exact_dtype is None:
         exact_dtype = torch.float16 if model.dtype not in (torch.float16, torch.bfloat16) else model.dtype
     return codec, {
-        "num_layers": windows.count(None),
-        "windows": windows,
+        "num_layers": num_layers,
         "num_kv_heads": keys.shape[0],
         "exact_dtype": exact_dtype,
         "device": keys.device,
