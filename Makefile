@@ -13,8 +13,10 @@
 
 ARGS ?=
 BIN := .venv/bin
+# __init__.py: an editable install knows where each package lies, and has to be told when a module became one.
 BUILD_INPUTS := pyproject.toml scripts/setup.sh $(wildcard CMakeLists.txt) \
-	$(shell find homkv -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc' -o -name CMakeLists.txt)
+	$(shell find homkv -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc' -o -name CMakeLists.txt \
+		-o -name __init__.py)
 
 export PYTHON CXX PIP_ARGS
 
