@@ -28,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from homkv.models import LoadedModel, load_model
+from homkv.models.describe import refuse_windows
 from homkv.quant import SMALLEST_SCALE, decode_scales, encode_scales, hadamard
 from homkv.texts import essays, token_ids
 
@@ -98,7 +99,7 @@ def code(y: Tensor, s: Tensor, bits: int) -> Tensor:
     """Lane values of rows ``y [..., w]`` at scale ``s [..., 1]``."""
     if bits == 8:
         return (y / s).round().clamp(-127, 127)
-    step, half = 2 ** (8 - bits), 2 ** (bits - 1)
+    step, half = 1 << (8 - bits), 1 << (bits - 1)
     return ((y / (s * step)).floor().clamp(-half, half - 1) + 0.5) * step
 
 
@@ -134,7 +135,8 @@ def value_basis(v: Tensor, kind: int) -> Tensor:
     """Orthonormal columns ``[L, G, D, D]`` in which V's channels are ordered, from values ``[L, G, S, D]``."""
     moments = v.double().transpose(-1, -2) @ v.double() / v.shape[-2]
     if kind == 2:
-        return torch.linalg.eigh(moments).eigenvectors.flip(-1).to(v.dtype)
+        vectors: Tensor = torch.linalg.eigh(moments).eigenvectors
+        return vectors.flip(-1).to(v.dtype)
     order = moments.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     return torch.nn.functional.one_hot(order, v.shape[-1]).transpose(-1, -2).to(v.dtype)
 
@@ -159,7 +161,8 @@ def restore_centre(centre: Tensor, scales: int) -> Tensor:
         return centre.half().float()
     parts = centre.unflatten(-1, (scales, -1))
     scale = (parts.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-6).half().float()
-    return ((parts / scale).round().clamp(-127, 127) * scale).flatten(-2)
+    restored: Tensor = (parts / scale).round().clamp(-127, 127) * scale
+    return restored.flatten(-2)
 
 
 def restore_keys(k: Tensor, order: Tensor, variant: Variant, w: Tensor) -> Tensor:
@@ -301,7 +304,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
+    if args.scored < PAGE or args.scored % PAGE or args.prefix < SINKS or (args.prefix - SINKS) % PAGE:
+        parser.error(
+            f"expected a --prefix of {SINKS} tokens and whole pages of {PAGE}, and --scored of whole pages, found "
+            f"{args.prefix} and {args.scored}"
+        )
     loaded = load_model(args.model, device=args.device, num_threads=args.threads)
+    refuse_windows(loaded.windows, loaded.name, "this search")
     AttentionInterface.register("search", attention)
     AttentionMaskInterface.register("search", flash_attention_mask)
     loaded.model.set_attn_implementation("search")

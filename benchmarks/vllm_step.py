@@ -51,7 +51,7 @@ def microseconds(part: Callable[[], object], turns: int = 20) -> float:
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
             part()
-    times = []
+    times: list[float] = []
     for _ in range(turns):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in "ab")
         start.record()
