@@ -96,6 +96,13 @@ def test_a_padded_batch_generates_what_each_prompt_alone_does(name: str) -> None
             assert torch.equal(row, generate(model, alone[None])[0, len(alone) :])
 
 
+def test_gradients_do_not_pile_up_in_the_windows() -> None:
+    model, ids = build(), prompts(1, 40)
+    with torch.enable_grad(), attached(model) as attachment:
+        model(ids, use_cache=True)
+    assert not any(x.requires_grad for layer in attachment.last_cache.window_layers for x in (layer.keys, layer.values))
+
+
 def test_quantized_pages_differ_a_little() -> None:
     model, ids = build(), prompts(1, 200)
     expected = model(ids).logits[0, -1]

@@ -121,7 +121,7 @@ class WindowLayer(DynamicSlidingWindowLayer, AttendingLayer):  # type: ignore[mi
     def keep(self, keys: Tensor, values: Tensor, num_new: int) -> None:
         """Hold the end of ``keys values [B, G, S, D]``, of which ``num_new`` tokens are new."""
         first = max(keys.shape[2] - self.sliding_window + 1, 0)
-        self.keys, self.values = keys[:, :, first:].contiguous(), values[:, :, first:].contiguous()
+        self.keys, self.values = (x[:, :, first:].detach().contiguous() for x in (keys, values))
         self.is_initialized = True
         self.cumulative_length += num_new
 
