@@ -28,7 +28,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from homkv.models import LoadedModel, load_model
-from homkv.models.describe import refuse_windows
+from homkv.models.describe import refuse_sliding_windows
 from homkv.quant import SMALLEST_SCALE, decode_scales, encode_scales, hadamard
 from homkv.texts import essays, token_ids
 
@@ -310,7 +310,7 @@ def main() -> None:
             f"{args.prefix} and {args.scored}"
         )
     loaded = load_model(args.model, device=args.device, num_threads=args.threads)
-    refuse_windows(loaded.windows, loaded.name, "this search")
+    refuse_sliding_windows(loaded.sliding_windows, loaded.name, "this search")
     AttentionInterface.register("search", attention)
     AttentionMaskInterface.register("search", flash_attention_mask)
     loaded.model.set_attn_implementation("search")

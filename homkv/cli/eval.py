@@ -140,7 +140,7 @@ def _run_record(loaded: "LoadedModel") -> "Record":
         device=str(loaded.model.device),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
         unix_time=int(time.time()),
-        windows=loaded.windows,
+        sliding_windows=loaded.sliding_windows,
     )
 
 

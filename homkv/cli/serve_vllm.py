@@ -149,12 +149,12 @@ def _inspect(model: str) -> tuple[str, int]:
     from transformers import AutoConfig
 
     from homkv.models import find_model
-    from homkv.models.describe import layer_windows, refuse_unsupported, refuse_windows
+    from homkv.models.describe import refuse_sliding_windows, refuse_unsupported, sliding_windows_of
 
     source = find_model(model, lambda text: typer.echo(text, err=True))
     config = AutoConfig.from_pretrained(source).get_text_config()
     refuse_unsupported(config, model)
-    refuse_windows(layer_windows(config), model, "vLLM")
+    refuse_sliding_windows(sliding_windows_of(config), model, "vLLM")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return source, int(head_dim)
 

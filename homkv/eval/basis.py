@@ -18,7 +18,7 @@ class Covariances(AttendingCache):
 
     def __init__(self, loaded: LoadedModel) -> None:
         num_layers, head_dim = loaded.num_layers, loaded.head_dim
-        super().__init__(num_layers, None, loaded.windows)
+        super().__init__(num_layers, None, loaded.sliding_windows)
         shape = (num_layers, loaded.num_kv_heads, head_dim)
         self.num_keys = torch.zeros(num_layers, dtype=torch.float64)
         self.num_queries = torch.zeros(num_layers, dtype=torch.float64)

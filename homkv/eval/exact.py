@@ -100,8 +100,9 @@ def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int, *, record: bool = F
     ids = ids.to(loaded.model.device)
     cache = _prefill(loaded, ids[:prefix])
     held = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # which later tokens leave alone
-    keys, values = zip(*(kv for kv, window in zip(held, loaded.windows, strict=True) if window is None), strict=True)
-    sliding = [kv for kv, window in zip(held, loaded.windows, strict=True) if window is not None]
+    windows = loaded.sliding_windows
+    keys, values = zip(*(kv for kv, window in zip(held, windows, strict=True) if window is None), strict=True)
+    sliding = [kv for kv, window in zip(held, windows, strict=True) if window is not None]
     recording: AbstractContextManager[list[TailLayer]] = _recording(loaded.model) if record else nullcontext([])
     with recording as tail:
         logits = forward_with_cache(loaded.model, ids[None, prefix:], cache).logits[0]

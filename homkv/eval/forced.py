@@ -61,7 +61,7 @@ def open_cache(
         impl=impl,
         device=loaded.model.device,
     )
-    return KVCache.adopt(paged, [paged.new_sequence(tokens) for _ in range(batch)], loaded.windows)
+    return KVCache.adopt(paged, [paged.new_sequence(tokens) for _ in range(batch)], loaded.sliding_windows)
 
 
 def store_prefix(
@@ -80,7 +80,7 @@ def store_prefix(
             cache.paged.append(layer, seq_id, k, v)
     for layer in cache.paged_layers:
         layer.num_seen = runs[0].prefix
-    for i, layer in enumerate(cache.window_layers):
+    for i, layer in enumerate(cache.sliding_layers):
         k, v = (torch.stack([exact.sliding[i][part] for exact in runs]) for part in (0, 1))
         layer.keep(k, v, runs[0].prefix)
     return cache

@@ -64,7 +64,7 @@ class Speed(msgspec.Struct, tag="speed", tag_field="kind", frozen=True):
 
 
 class Run(msgspec.Struct, tag="run", tag_field="kind", frozen=True):
-    """How a run was started; every run appends one. ``windows``: LoadedModel's."""
+    """How a run was started; every run appends one. ``sliding_windows``: LoadedModel's."""
 
     model: str
     fingerprint: str
@@ -74,7 +74,7 @@ class Run(msgspec.Struct, tag="run", tag_field="kind", frozen=True):
     device: str
     versions: str
     unix_time: int
-    windows: tuple[int | None, ...] = ()
+    sliding_windows: tuple[int | None, ...] = ()
 
 
 Record = Case | Size | Speed | Run

@@ -37,7 +37,7 @@ class Report:
 
     ``summaries``: texts of the setting ``main``, of which there are most, and everything that is no text; ``others``:
     KL by setting and format; ``choices``: over all settings; ``failed``: what a format could not hold;
-    ``windows``: of the model's layers, as its last run has them; ``cases``: what it was all computed from.
+    ``sliding_windows``: of the model's layers, as its last run has them; ``cases``: what it was all computed from.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Report:
     speeds: Mapping[str, Speed]
     unresolved: tuple[tuple[str, str], ...]
     failed: tuple[str, ...]
-    windows: tuple[int | None, ...]
+    sliding_windows: tuple[int | None, ...]
     cases: tuple[Case, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Report:
             "speeds": {name: to_builtins(speed) for name, speed in self.speeds.items()},
             "unresolved": [list(pair) for pair in self.unresolved],
             "failed": list(self.failed),
-            "windows": list(self.windows),
+            "sliding_windows": list(self.sliding_windows),
         }
 
 
@@ -86,6 +86,7 @@ def make_report(records: Sequence[Record]) -> Report:
     texts = settings.get(main, []) if main else []
     rest = [c for c in cases if c.task not in ("text", CALIBRATION) and c.prefill == "exact"]
     summaries = sorted(summarize([*texts, *rest]), key=lambda s: (s.kl is None, s.kl.mean if s.kl else 0.0))
+    runs = [r for r in records if isinstance(r, Run) and r.model == model]
     sizes = sorted((r for r in records if isinstance(r, Size) and r.model == model), key=lambda r: _is_main(r, main))
     return Report(
         model=model,
@@ -97,7 +98,7 @@ def make_report(records: Sequence[Record]) -> Report:
         speeds={r.format: r for r in records if isinstance(r, Speed) and r.model == model},
         unresolved=tuple(unresolved(texts)),
         failed=tuple(f"{shown(c.format)} on {c.task} {c.item}: {c.error}" for c in cases if c.error),
-        windows=next((r.windows for r in reversed(records) if isinstance(r, Run) and r.model == model), ()),
+        sliding_windows=runs[-1].sliding_windows if runs else (),
         cases=tuple(cases),
     )
 
@@ -252,11 +253,11 @@ def notes(report: Report) -> list[str]:
         for s in report.summaries
         if s.longer_than_bf16 is not None and not resolved(s.longer_than_bf16) and s.format != EXACT
     ]
-    if sliding := sorted({w for w in report.windows if w is not None}):
-        count, sizes = len(report.windows) - report.windows.count(None), ", ".join(f"{w:,}" for w in sliding)
+    if sliding := [w for w in report.sliding_windows if w is not None]:
+        sizes = ", ".join(f"{w:,}" for w in sorted(set(sliding)))
         found.append(
-            f"{count} of {len(report.windows)} layers attend to a sliding window of {sizes} tokens: they stay exact "
-            "under every format, and bits count the other layers only"
+            f"{len(sliding)} of {len(report.sliding_windows)} layers attend to a sliding window of {sizes} tokens: "
+            "they stay exact under every format, and bits count the other layers only"
         )
     if blank := max((s.num_blank for s in report.summaries), default=0):
         found.append(f"the exact model completes {blank} problems with nothing: edit similarity leaves them out")

@@ -12,7 +12,7 @@ from homkv.errors import CapacityError, FormatError, ShapeError, UnsupportedErro
 from homkv.generate.kv import PagesKV, StepKV
 from homkv.generate.sampling import GREEDY, Sampling, choose
 from homkv.hf import AttendingCache, measure, switch_attention
-from homkv.models.describe import layer_windows, refuse_windows
+from homkv.models.describe import refuse_sliding_windows, sliding_windows_of
 from homkv.models.forward import forward_with_cache
 from homkv.spec import DEFAULT_FORMAT
 
@@ -222,7 +222,7 @@ def generate(
     homkv.attach, and CapacityError, FormatError, ShapeError; the model is as before then.
     """
     codec, settings = measure(model, kv_cache_dtype, exact_dtype)
-    refuse_windows(layer_windows(model.config.get_text_config()), type(model).__name__, "generate()")
+    refuse_sliding_windows(sliding_windows_of(model.config.get_text_config()), type(model).__name__, "generate()")
     prompts = split_prompts(input_ids, attention_mask)
     kv = PagesKV.reserve(codec, [len(p) + max_new_tokens for p in prompts], impl=impl, **settings)
     config = model.generation_config

@@ -13,7 +13,7 @@ from homkv.formats import PageCodec, make_codec
 from homkv.formats.per_layer import require_model
 from homkv.hf.attention import switch_attention
 from homkv.hf.cache import KVCache
-from homkv.models.describe import fingerprint, layer_windows, measure_rope, probe_cache, refuse_unsupported
+from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported, sliding_windows_of
 from homkv.models.forward import CACHE_NAMES, cache_argument
 from homkv.plan import spelled
 from homkv.spec import DEFAULT_FORMAT
@@ -87,7 +87,10 @@ def attach(
     """
     codec, settings = measure(model, kv_cache_dtype, exact_dtype)
     config = model.config.get_text_config()
-    settings |= {"windows": layer_windows(config), "max_tokens": max_tokens or config.max_position_embeddings}
+    settings |= {
+        "sliding_windows": sliding_windows_of(config),
+        "max_tokens": max_tokens or config.max_position_embeddings,
+    }
     return Attachment(model, codec, settings | {"impl": impl})
 
 
@@ -103,7 +106,7 @@ def measure(
         raise UnsupportedError(f"expected a model on one device, found {name} on {', '.join(sorted(devices))}; move it")
     keys, _ = probe_cache(model, name)
     codec = make_codec(spelled(kv_cache_dtype), keys.shape[-1], measure_rope(model, keys))
-    num_layers = layer_windows(config).count(None)
+    num_layers = sliding_windows_of(config).count(None)
     require_model(codec, lambda: fingerprint(model), num_layers)
     if exact_dtype is None:
         exact_dtype = torch.float16 if model.dtype not in (torch.float16, torch.bfloat16) else model.dtype

@@ -8,7 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from homkv.attention.prefill import causal, causal_window
 from homkv.errors import UnsupportedError
-from homkv.hf.cache import ATTENTION_NAME, WindowLayer
+from homkv.hf.cache import ATTENTION_NAME, SlidingLayer
 
 # Arguments of transformers' attention functions that change the mathematics and that no layer here computes.
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "cu_seq_lens_q")
@@ -38,7 +38,7 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, window = getattr(key, "homkv_layer", None), kwargs.get("sliding_window")
     if layer is not None:
-        if window != (held := layer.sliding_window if isinstance(layer, WindowLayer) else None):
+        if window != (held := layer.sliding_window if isinstance(layer, SlidingLayer) else None):
             raise UnsupportedError(
                 f"expected a sliding window of {held} tokens as in the model's config, found {window}"
             )

@@ -91,7 +91,7 @@ class PagedLayer(AttendingLayer):
         raise UnsupportedError("expected KVCache.reorder_cache(), found a single layer's; reorder the whole cache")
 
 
-class WindowLayer(DynamicSlidingWindowLayer, AttendingLayer):  # type: ignore[misc]  # transformers is untyped
+class SlidingLayer(DynamicSlidingWindowLayer, AttendingLayer):  # type: ignore[misc]  # transformers is untyped
     """A layer whose tokens attend to the newest ``sliding_window`` only: these few stay as the model computed them."""
 
     keys: Tensor | None
@@ -134,17 +134,17 @@ class WindowLayer(DynamicSlidingWindowLayer, AttendingLayer):  # type: ignore[mi
 class AttendingCache(Cache, ABC):  # type: ignore[misc]  # transformers is untyped
     """A cache that computes attention itself: its layers mark the new keys, :func:`attention_forward` calls back.
 
-    ``num_layers``: that this cache attends in. ``windows``: of all layers of the model, None where this cache attends,
-    else a sliding window in tokens; empty if it attends in all.
+    ``num_layers``: that this cache attends in. ``sliding_windows``: of all layers of the model, in tokens, None where
+    this cache attends; empty if it does so in all.
     """
 
-    def __init__(self, num_layers: int, max_tokens: int | None, windows: Sequence[int | None] = ()) -> None:
-        windows = windows or (None,) * num_layers
+    def __init__(self, num_layers: int, max_tokens: int | None, sliding_windows: Sequence[int | None] = ()) -> None:
+        windows = tuple(sliding_windows) or (None,) * num_layers
         if windows.count(None) != num_layers:
             raise ShapeError(f"expected {num_layers} layers without a sliding window, found {windows.count(None)}")
         numbers = iter(range(num_layers))
         super().__init__(
-            layers=[PagedLayer(self, next(numbers)) if w is None else WindowLayer(self, w) for w in windows]
+            layers=[PagedLayer(self, next(numbers)) if w is None else SlidingLayer(self, w) for w in windows]
         )
         self.max_tokens = max_tokens
         self._mask: Tensor | None = None
@@ -156,9 +156,9 @@ class AttendingCache(Cache, ABC):  # type: ignore[misc]  # transformers is untyp
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     @property
-    def window_layers(self) -> list[WindowLayer]:
+    def sliding_layers(self) -> list[SlidingLayer]:
         """Layers of a sliding window."""
-        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
+        return [layer for layer in self.layers if isinstance(layer, SlidingLayer)]
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, real: Tensor | None) -> Tensor:
@@ -194,12 +194,12 @@ class KVCache(AttendingCache):
         num_layers: int,
         num_kv_heads: int,
         max_tokens: int | None,
-        windows: Sequence[int | None] = (),
+        sliding_windows: Sequence[int | None] = (),
         exact_dtype: torch.dtype = torch.float16,
         impl: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(num_layers, max_tokens, windows)
+        super().__init__(num_layers, max_tokens, sliding_windows)
         self.codec = codec
         self._settings: dict[str, Any] = {
             "num_layers": num_layers,
@@ -219,7 +219,7 @@ class KVCache(AttendingCache):
         return self._paged
 
     @classmethod
-    def adopt(cls, paged: PagedCache, seq_ids: list[int], windows: Sequence[int | None] = ()) -> "KVCache":
+    def adopt(cls, paged: PagedCache, seq_ids: list[int], sliding_windows: Sequence[int | None] = ()) -> "KVCache":
         """Continue sequences that were loaded or computed elsewhere, for example received over the wire.
 
         Sequences of unequal length need ``position_ids`` at every forward pass: transformers counts from the longest.
@@ -230,7 +230,7 @@ class KVCache(AttendingCache):
             num_layers=paged.num_layers,
             num_kv_heads=paged.num_kv_heads,
             max_tokens=None,
-            windows=windows,
+            sliding_windows=sliding_windows,
             device=paged.device,
         )
         cache._paged, cache.seq_ids = paged, list(seq_ids)
@@ -267,7 +267,7 @@ class KVCache(AttendingCache):
 
     def kv_bytes(self) -> int:
         """Bytes of all sequences: pages, sinks and windows, sliding ones included."""
-        sliding = sum(x.nbytes for layer in self.window_layers for x in (layer.keys, layer.values) if x is not None)
+        sliding = sum(x.nbytes for layer in self.sliding_layers for x in (layer.keys, layer.values) if x is not None)
         return sum(self.paged.kv_bytes(s) for s in self.seq_ids) + sliding
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -277,7 +277,7 @@ class KVCache(AttendingCache):
             self.paged.free(seq_id)
         # The first to choose a beam goes on with it, the others with copies: never more sequences than before.
         self.seq_ids = [s if s not in chosen[:i] else self.paged.fork(s) for i, s in enumerate(chosen)]
-        for layer in self.window_layers:
+        for layer in self.sliding_layers:
             layer.reorder_cache(beam_idx)
 
     def reset(self) -> None:

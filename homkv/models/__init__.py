@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from homkv.errors import DTypeError, HomkvError, UnsupportedError
 from homkv.models.bundles import BUNDLES, Bundle
 from homkv.models.cache import Progress, cache_root, dequantized, file_sha256
-from homkv.models.describe import fingerprint, layer_windows, measure_rope, probe_cache, refuse_unsupported
+from homkv.models.describe import fingerprint, measure_rope, probe_cache, refuse_unsupported, sliding_windows_of
 from homkv.models.devices import find_device
 from homkv.models.fetch import bundle_files
 from homkv.rope import RopeSpec
@@ -44,7 +44,7 @@ class LoadedModel:
     name: str
     fingerprint: str  # 32 hex digits; two machines may share pages only if theirs are equal
     num_layers: int  # with full attention: those whose KV becomes pages
-    windows: tuple[int | None, ...]  # of all layers: a sliding window in tokens, None for full attention
+    sliding_windows: tuple[int | None, ...]  # of all layers, in tokens; None for full attention
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
@@ -128,14 +128,14 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     config = model.config.get_text_config()
     refuse_unsupported(config, name)
     keys, _ = probe_cache(model, name)
-    windows = layer_windows(config)
+    sliding_windows = sliding_windows_of(config)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
         fingerprint=fingerprint(model),
-        num_layers=windows.count(None),
-        windows=windows,
+        num_layers=sliding_windows.count(None),
+        sliding_windows=sliding_windows,
         num_q_heads=config.num_attention_heads,
         num_kv_heads=keys.shape[0],
         head_dim=keys.shape[-1],

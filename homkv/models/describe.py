@@ -29,7 +29,7 @@ def _layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
     return (kind,) * int(getattr(config, "num_hidden_layers", 1))
 
 
-def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+def sliding_windows_of(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """Sliding window of each layer in tokens; None for layers that attend to all tokens, whose KV becomes pages."""
     return tuple(int(config.sliding_window) if kind == SLIDING else None for kind in _layer_types(config))
 
@@ -66,7 +66,7 @@ def refuse_unsupported(config: PreTrainedConfig, name: str) -> None:
             )
 
 
-def refuse_windows(windows: Sequence[int | None], name: str, what: str) -> None:
+def refuse_sliding_windows(windows: Sequence[int | None], name: str, what: str) -> None:
     """Raise UnsupportedError if layers have a sliding window: ``what`` knows pages only."""
     if sliding := len(windows) - windows.count(None):
         raise UnsupportedError(
@@ -81,7 +81,7 @@ def probe_cache(model: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
 
     Of the first layer with full attention: both tokens meet equal values everywhere, so it sees them alike as well.
     """
-    first = layer_windows(model.config.get_text_config()).index(None)
+    first = sliding_windows_of(model.config.get_text_config()).index(None)
     token = int(model.config.get_text_config().vocab_size) // 2  # any but padding, whose keys may be zero
     ids = torch.full((1, 2), token, device=model.device)
     layers = getattr(returned_cache(model.base_model(input_ids=ids, use_cache=True)), "layers", None)

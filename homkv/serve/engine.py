@@ -14,7 +14,7 @@ from homkv.formats.meter import OVERHEAD
 from homkv.formats.per_layer import require_model
 from homkv.hf import KVCache
 from homkv.models import LoadedModel
-from homkv.models.describe import refuse_windows
+from homkv.models.describe import refuse_sliding_windows
 from homkv.models.forward import last_logits
 from homkv.rope import RopeSpec
 from homkv.seal import LayerContent
@@ -244,7 +244,7 @@ def codec_for(loaded: LoadedModel, kv_cache_dtype: str) -> PageCodec:
 
     Raises as serving_codec does, FormatError for another model's plan, and UnsupportedError for sliding windows.
     """
-    refuse_windows(loaded.windows, loaded.name, "serving")
+    refuse_sliding_windows(loaded.sliding_windows, loaded.name, "serving")
     codec = serving_codec(kv_cache_dtype, loaded.head_dim, loaded.rope)
     require_model(codec, lambda: loaded.fingerprint, loaded.num_layers)
     return codec

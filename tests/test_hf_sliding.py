@@ -15,7 +15,7 @@ from homkv.errors import CapacityError, FormatError, ShapeError, UnsupportedErro
 from homkv.hf import AttendingCache, attach
 from homkv.hf.attention import attention_forward
 from homkv.models import LoadedModel, describe_model
-from homkv.models.describe import fingerprint, layer_windows, refuse_unsupported
+from homkv.models.describe import fingerprint, refuse_unsupported, sliding_windows_of
 from homkv.models.forward import returned_cache
 from homkv.plan import LayerPlan
 from homkv.serve.engine import codec_for
@@ -54,7 +54,7 @@ def build(model_type: str = "ministral", **changes: object) -> PreTrainedModel:
 
 
 def described(model: PreTrainedModel) -> LoadedModel:
-    return describe_model(model, SimpleNamespace(model_max_length=512), "windows")
+    return describe_model(model, SimpleNamespace(model_max_length=512), "sliding")
 
 
 @types
@@ -100,7 +100,9 @@ def test_gradients_do_not_pile_up_in_the_windows() -> None:
     model, ids = build(), prompts(1, 40)
     with torch.enable_grad(), attached(model) as attachment:
         model(ids, use_cache=True)
-    assert not any(x.requires_grad for layer in attachment.last_cache.window_layers for x in (layer.keys, layer.values))
+    assert not any(
+        x.requires_grad for layer in attachment.last_cache.sliding_layers for x in (layer.keys, layer.values)
+    )
 
 
 def test_quantized_pages_differ_a_little() -> None:
@@ -145,7 +147,7 @@ def test_what_is_refused_leaves_the_windows_as_they_were() -> None:
 def test_models_are_described_by_their_full_attention(model_type: str) -> None:
     loaded = described(build(model_type))
     assert loaded.num_layers == 2
-    assert loaded.windows == (WINDOW, None, WINDOW, None)
+    assert loaded.sliding_windows == (WINDOW, None, WINDOW, None)
     assert (loaded.num_kv_heads, loaded.head_dim, loaded.rope.pairing) == (2, 64, TYPES[model_type])
     if model_type == "gemma3_text":
         assert loaded.rope.inv_freq[1] == pytest.approx(1e6 ** (-1 / 32), rel=1e-6)  # 1e4 in its sliding windows
@@ -199,6 +201,6 @@ def test_windows_and_layers_must_fit() -> None:
         def attend(self, *args: Any) -> Tensor:
             raise NotImplementedError
 
-    assert layer_windows(build().config) == (WINDOW, None) * 2
+    assert sliding_windows_of(build().config) == (WINDOW, None) * 2
     with pytest.raises(ShapeError, match="expected 3 layers"):
         Silent(3, None, (WINDOW, None, None))

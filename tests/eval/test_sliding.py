@@ -39,7 +39,7 @@ def loaded() -> LoadedModel:
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"] * 2,
     )
-    return describe_model(AutoModelForCausalLM.from_config(config), words(), "windows")
+    return describe_model(AutoModelForCausalLM.from_config(config), words(), "sliding")
 
 
 def test_16_bit_kv_is_the_exact_model_and_fewer_bits_lose_more(loaded: LoadedModel) -> None:
@@ -73,7 +73,7 @@ def test_windows_hold_what_later_tokens_may_see(loaded: LoadedModel) -> None:
     exact = run_exact(loaded, ids(301), 280)
     cache = store_prefix(loaded, [exact], make_codec("balanced", 64, loaded.rope), impl="reference")
     assert [layer.get_seq_length() for layer in cache.layers] == [280] * 4
-    for layer, (keys, values) in zip(cache.window_layers, exact.sliding, strict=True):
+    for layer, (keys, values) in zip(cache.sliding_layers, exact.sliding, strict=True):
         assert torch.equal(layer.keys[0], keys[:, -WINDOW + 1 :])
         assert torch.equal(layer.values[0], values[:, -WINDOW + 1 :])
 
@@ -92,6 +92,6 @@ def test_the_report_says_which_layers_stay_exact(loaded: LoadedModel, tmp_path: 
     cases = measure_cases(loaded, [text("a", 200, 180, 1)], Conditions(("int8",), bf16=False), tmp_path / "r.jsonl")
     assert all(isinstance(case, Case) and not case.error for case in cases)
     report = make_report([_run_record(loaded), *cases])
-    assert report.as_json()["windows"] == [WINDOW, None, WINDOW, None]
+    assert report.as_json()["sliding_windows"] == [WINDOW, None, WINDOW, None]
     assert any("2 of 4 layers attend to a sliding window of 40 tokens: they stay exact" in n for n in notes(report))
     assert not any("sliding" in n for n in notes(make_report(cases)))
