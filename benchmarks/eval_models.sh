@@ -9,7 +9,8 @@
 #   SHORT=1                                                            # one text, few tokens: does every line work?
 set -eu
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/eval}; DEVICE=${DEVICE:-cuda}; PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}; SHORT=${SHORT:-}; BASES=runs/bases
+OUT=${OUT:-runs/eval}; DEVICE=${DEVICE:-cuda}; SHORT=${SHORT:-}; BASES=runs/bases
+PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 IMPL=$([[ $DEVICE == cpu ]] || echo "--impl reference")  # on a GPU: the stored codes, pages from the CPU; compiles nothing
 PARTS="text find greedy search 6k drift prefill gate code serial keys6k basis hack"
 export OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

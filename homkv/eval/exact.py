@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from homkv.errors import ShapeError
+from homkv.hf.cache import seen_later
 from homkv.models import LoadedModel
 from homkv.models.forward import forward_with_cache, returned_cache
 
@@ -40,8 +41,8 @@ class ExactRun:
     """The unquantized model on ``ids [T]``.
 
     ``keys values``: of the prefix, per layer of full attention ``[G, prefix, D]``; ``sliding``: both of every other
-    layer; ``logits [T - prefix, V]``: row i predicts token ``prefix + i + 1``; ``tail``: per layer of full attention,
-    empty if it was not recorded.
+    layer, as far as the tail sees it; ``logits [T - prefix, V]``: row i predicts token ``prefix + i + 1``; ``tail``:
+    per layer of full attention, empty if it was not recorded.
     """
 
     ids: Tensor
@@ -99,14 +100,18 @@ def run_exact(loaded: LoadedModel, ids: Tensor, prefix: int, *, record: bool = F
     check_lengths(loaded, prefix, len(ids))
     ids = ids.to(loaded.model.device)
     cache = _prefill(loaded, ids[:prefix])
-    held = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # which later tokens leave alone
-    windows = loaded.sliding_windows
-    keys, values = zip(*(kv for kv, window in zip(held, windows, strict=True) if window is None), strict=True)
-    sliding = [kv for kv, window in zip(held, windows, strict=True) if window is not None]
+    keys, values, sliding = [], [], []
+    for layer, window in zip(cache.layers, loaded.sliding_windows, strict=True):
+        k, v = layer.keys[0], layer.values[0]  # which later tokens leave alone
+        if window is None:
+            keys.append(k)
+            values.append(v)
+        else:
+            sliding.append((seen_later(k, window), seen_later(v, window)))
     recording: AbstractContextManager[list[TailLayer]] = _recording(loaded.model) if record else nullcontext([])
     with recording as tail:
         logits = forward_with_cache(loaded.model, ids[None, prefix:], cache).logits[0]
-    return ExactRun(ids, prefix, list(keys), list(values), sliding, logits.float(), tail)
+    return ExactRun(ids, prefix, keys, values, sliding, logits.float(), tail)
 
 
 @torch.no_grad()

@@ -33,6 +33,11 @@ def marked(layer: AttendingLayer, keys: Tensor) -> Tensor:
     return keys
 
 
+def seen_later(x: Tensor, window: int) -> Tensor:
+    """What tokens behind keys or values ``[..., S, D]`` see of them in a sliding window, a copy of its own."""
+    return x[..., max(x.shape[-2] - window + 1, 0) :, :].detach().clone()
+
+
 class PagedLayer(AttendingLayer):
     """A layer whose owner, an :class:`AttendingCache`, stores the tokens; ``layer`` counts layers of this kind."""
 
@@ -113,15 +118,14 @@ class SlidingLayer(DynamicSlidingWindowLayer, AttendingLayer):  # type: ignore[m
     ) -> Tensor:
         """See AttendingLayer.attend."""
         if self.owner.layers[0] is self and positions is not None and q.shape[2] > 1:
-            refuse_packed(positions, None if mask is None else mask[:, -q.shape[2] :].bool().cpu())
+            refuse_packed(positions, self.owner.read_mask(0, mask, q.shape[2]))
         out = causal_window(q, k, v, softmax_scale, self.sliding_window, mask)
         self.keep(k, v, q.shape[2])
         return out
 
     def keep(self, keys: Tensor, values: Tensor, num_new: int) -> None:
         """Hold the end of ``keys values [B, G, S, D]``, of which ``num_new`` tokens are new."""
-        first = max(keys.shape[2] - self.sliding_window + 1, 0)
-        self.keys, self.values = (x[:, :, first:].detach().contiguous() for x in (keys, values))
+        self.keys, self.values = (seen_later(x, self.sliding_window) for x in (keys, values))
         self.is_initialized = True
         self.cumulative_length += num_new
 

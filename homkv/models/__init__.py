@@ -43,13 +43,17 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     fingerprint: str  # 32 hex digits; two machines may share pages only if theirs are equal
-    num_layers: int  # with full attention: those whose KV becomes pages
     sliding_windows: tuple[int | None, ...]  # of all layers, in tokens; None for full attention
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     rope: RopeSpec
     context_length: int  # tokens
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with full attention: those whose KV becomes pages."""
+        return self.sliding_windows.count(None)
 
     @property
     def vocab_size(self) -> int:
@@ -128,14 +132,12 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     config = model.config.get_text_config()
     refuse_unsupported(config, name)
     keys, _ = probe_cache(model, name)
-    sliding_windows = sliding_windows_of(config)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
         fingerprint=fingerprint(model),
-        num_layers=sliding_windows.count(None),
-        sliding_windows=sliding_windows,
+        sliding_windows=sliding_windows_of(config),
         num_q_heads=config.num_attention_heads,
         num_kv_heads=keys.shape[0],
         head_dim=keys.shape[-1],

@@ -81,8 +81,9 @@ def probe_cache(model: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
 
     Of the first layer with full attention: both tokens meet equal values everywhere, so it sees them alike as well.
     """
-    first = sliding_windows_of(model.config.get_text_config()).index(None)
-    token = int(model.config.get_text_config().vocab_size) // 2  # any but padding, whose keys may be zero
+    config = model.config.get_text_config()
+    first = sliding_windows_of(config).index(None)
+    token = int(config.vocab_size) // 2  # any but padding, whose keys may be zero
     ids = torch.full((1, 2), token, device=model.device)
     layers = getattr(returned_cache(model.base_model(input_ids=ids, use_cache=True)), "layers", None)
     held = [getattr(layers[first], x, None) for x in ("keys", "values")] if layers else []

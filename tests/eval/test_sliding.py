@@ -6,6 +6,7 @@ import pytest
 import torch
 from eval_cases import ids, text, words
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
 
 from homkv.cli.eval import _run_record
 from homkv.eval.basis import calibrate as calibrate_basis
@@ -17,6 +18,7 @@ from homkv.eval.run import Conditions, measure_cases
 from homkv.eval.sizes import measure_size
 from homkv.formats import make_codec
 from homkv.models import LoadedModel, describe_model
+from homkv.models.forward import forward_with_cache, returned_cache
 
 WINDOW = 40
 
@@ -76,6 +78,12 @@ def test_windows_hold_what_later_tokens_may_see(loaded: LoadedModel) -> None:
     for layer, (keys, values) in zip(cache.sliding_layers, exact.sliding, strict=True):
         assert torch.equal(layer.keys[0], keys[:, -WINDOW + 1 :])
         assert torch.equal(layer.values[0], values[:, -WINDOW + 1 :])
+    with torch.no_grad():
+        own = returned_cache(forward_with_cache(loaded.model, exact.ids[None, :280], DynamicCache())).layers
+    for layer, whole in zip(cache.sliding_layers, (own[0], own[2]), strict=True):
+        assert whole.keys.shape[2] == 280
+        assert torch.equal(layer.keys, whole.keys[:, :, -WINDOW + 1 :])
+        assert torch.equal(layer.values, whole.values[:, :, -WINDOW + 1 :])
 
 
 def test_bits_count_layers_of_pages_only(loaded: LoadedModel) -> None:
